@@ -1,0 +1,68 @@
+# Everything runs in an environment of its own, made on first use. To choose: make test VENV=/tmp/venv PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+RUNTIME := $(VENV)/.runtime
+DEVELOPER := $(VENV)/.developer
+# First on the path, so that launchers start the environment's python and find its ninja.
+export PATH := $(BIN):$(PATH)
+
+EXAMPLE := examples/alanine_dipeptide
+DEMO_DATA := $(addprefix $(EXAMPLE)/data/,train validation test)
+PREPARE = $(BIN)/gdyn prepare trajectories --atom_labels --overwrite
+
+.PHONY: help venv demo test quick lint format bench hooks clean
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(DEVELOPER)  ## the environment for developers
+
+demo: $(RUNTIME) $(DEMO_DATA)  ## train on the alanine dipeptide example and print what was learned
+	$(BIN)/python launch/train.py --config $(EXAMPLE)/demo.yaml
+
+test: $(DEVELOPER)  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+quick: $(DEVELOPER)  ## the tests that take no more than seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(DEVELOPER)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gdyn launch
+
+format: $(DEVELOPER)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEVELOPER)  ## measure the performance claims, side by side
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+hooks: $(DEVELOPER)  ## lint before every commit
+	$(BIN)/pre-commit install
+
+clean:  ## remove the environment and the demo's data and runs
+	rm -rf $(VENV) $(EXAMPLE)/data $(EXAMPLE)/runs
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp older than setup.cfg or constraints.txt means that an installation is due.
+$(RUNTIME): setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	touch $@
+
+$(DEVELOPER): setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[dev,prepare]"
+	touch $(RUNTIME) $@
+
+# As the example's README says.
+$(EXAMPLE)/data/train: $(EXAMPLE)/trajectory_1.npz | $(RUNTIME)
+	$(PREPARE) $< --output $@
+
+$(EXAMPLE)/data/validation: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
+	$(PREPARE) $< --output $@ --stop 19089
+
+$(EXAMPLE)/data/test: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
+	$(PREPARE) $< --output $@ --start 19089

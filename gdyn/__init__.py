@@ -1,0 +1,15 @@
+"""gdyn: train graph networks on atomic trajectories, exactly, on any number of ranks. A map:
+
+phases                                   Phase, Plan, Position: what is next, in pure arithmetic
+rundir, errors                           where things of a run go; what a user can cause
+recipes, ds_config, ds_keys, ds_machine  the DeepSpeed JSON: found, completed, checked against DeepSpeed and machine
+ranks, launchers, rendezvous, signals    who this process is, how it was found, where ranks meet; who asks to stop
+engine, engines, nn, collectives         the contract of a model family; the families (vamp) and what they share
+config, gdynet                           a run file, ours or GDyNet's, read into a RunConfig
+trainer, loader, checkpoints             the one loop, over DeepSpeed; whole windows in; positions saved and found
+metrics, progress                        means and logs of a run; what a person sees
+inference, evaluation, report            a finished run read back, scored, shown
+cli                                      `gdyn train|analyze|...`, the programs of launch/
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""CheckpointStore: DeepSpeed checkpoints that are whole or do not count.
+
+    checkpoints/<tag>/...               what DeepSpeed writes, one part per rank
+    checkpoints/<tag>/weights.safetensors   all weights in fp32, readable by anything, by any number of ranks
+    checkpoints/<tag>/position.json     written last: the next work, and size and digest of every other file
+    checkpoints/latest                  the newest whole tag; moved after position.json
+    checkpoints/best.json               per objective: tag and validation score
+
+A tag without position.json is a save that was interrupted, and is ignored. DeepSpeed's own `latest` is not used: it can name a
+tag whose parts do not exist yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gdyn.errors import MissingFile, UserError
+from gdyn.phases import Phase, Plan, Position
+from gdyn.rundir import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from gdyn.ranks import RankContext
+
+log = logging.getLogger("gdyn")
+
+MARK = "position.json"
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, as its position.json describes it."""
+
+    path: Path
+    position: Position
+    record: dict[str, Any]
+
+    @property
+    def tag(self) -> str:
+        return self.path.name
+
+    @property
+    def world_size(self) -> int:
+        return int(self.record["world_size"])
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.record["zero_stage"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / WEIGHTS)
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run. `here` is whose share of the work this process does."""
+
+    path: Path
+    here: RankContext
+    keep: int = 2
+    """How many of the newest are kept beside the best, the latest and the end of each phase."""
+    save_best_only: bool = False
+    """Keep only the best and the latest."""
+
+    def save(self, ds: DeepSpeedEngine, plan: Plan, position: Position, facts: dict[str, Any]) -> str:
+        """Save on all ranks; returns the tag. Every rank must call this. `facts` go into position.json."""
+        tag = plan.tag(position)
+        folder = self.path / tag
+        if self.here.main and folder.exists():
+            shutil.rmtree(folder)  # an interrupted save of the same position
+        self.here.barrier()
+        # The version entry lets DeepSpeed's converter reshape the checkpoint for another number of ranks.
+        universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+        ds.save_checkpoint(str(self.path), tag=tag, client_state=universal, save_latest=False)
+        weights = full_weights(ds)
+        if self.here.main:
+            save_file(weights, folder / WEIGHTS)
+        self.here.barrier()
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        mine = {str(path.relative_to(folder)): _describe(path, sync=True) for path in files[self.here.rank :: self.here.world_size]}
+        described = {name: facts for part in self.here.gather(mine) for name, facts in part.items()}
+        if self.here.main:
+            record = {
+                "position": asdict(position),
+                "phases": [asdict(phase) for phase in plan.phases],
+                "world_size": self.here.world_size,
+                "zero_stage": ds.zero_optimization_stage(),
+                **facts,
+                "files": described,
+            }
+            write_json(folder / MARK, record)
+            write_text(self.path / "latest", tag + "\n")
+        self.here.barrier()
+        return tag
+
+    def whole(self) -> list[Checkpoint]:
+        """Every checkpoint that was finished, newest first.
+
+        Raises: UserError if a position.json cannot be understood.
+        """
+        found = []
+        for mark in self.path.glob(f"*/{MARK}"):
+            if mark.parent.name.endswith(".broken"):
+                continue
+            found.append(self.read(mark.parent))
+        return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
+
+    @staticmethod
+    def read(folder: Path) -> Checkpoint:
+        """Raises: MissingFile if `folder` is no whole checkpoint, UserError if it is another program's."""
+        if not (folder / MARK).is_file():
+            raise MissingFile(
+                f"{folder} is not a whole checkpoint of this program (no {MARK}); give a tag from the run's checkpoints folder."
+            )
+        record = read_json(folder / MARK)
+        try:
+            return Checkpoint(folder, Position(**record["position"]), record)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / MARK} was not written by this program ({error}).") from None
+
+    def find(self, which: str) -> Checkpoint | None:
+        """The checkpoint to resume from: `auto` (the newest intact one, with a warning for every damaged one; None if the run has
+        no history), `never` (None), or a tag. Every rank must call this, and all get the same answer.
+
+        Raises: UserError if the run has history and no intact checkpoint: nothing restarts from scratch unasked.
+        """
+        if which == "never":
+            if self.whole():
+                raise UserError(
+                    f"--resume never, but {self.path} already holds checkpoints; give another --run_dir or remove the folder."
+                )
+            return None
+        if which != "auto":
+            folder = Path(which) if Path(which).is_dir() else self.path / which
+            checkpoint = self.read(folder)
+            damage = self.damage(checkpoint)
+            if damage:
+                raise UserError(f"{folder} is damaged: {damage}; resume from another tag or with --resume auto.")
+            return checkpoint
+        candidates = self.whole()
+        for checkpoint in candidates:
+            damage = self.damage(checkpoint)
+            if not damage:
+                return checkpoint
+            log.warning("checkpoint %s is damaged (%s); falling back to the one before it.", checkpoint.tag, damage)
+            if self.here.main:
+                checkpoint.path.rename(checkpoint.path.with_name(checkpoint.tag + ".broken"))
+            self.here.barrier()
+        if candidates:
+            raise UserError(
+                f"every checkpoint in {self.path} is damaged (now named *.broken); restore one, or start over in another --run_dir."
+            )
+        return None
+
+    def damage(self, checkpoint: Checkpoint) -> str:
+        """What is wrong with a checkpoint's files, empty if nothing is. Every rank must call this; the ranks share the reading and
+        agree on the answer."""
+        files: dict[str, dict[str, Any]] = checkpoint.record["files"]
+        names = sorted(files)[self.here.rank :: self.here.world_size]
+        found = [problem for name in names if (problem := _compare(checkpoint.path / name, files[name]))]
+        return "; ".join(problem for part in self.here.gather(found) for problem in part)
+
+    def load(self, ds: DeepSpeedEngine, checkpoint: Checkpoint, tag: str) -> None:
+        """Weights, optimizer and schedule into `ds`. Every rank must call this. `tag` is what `reshape` returned."""
+        loaded, _ = ds.load_checkpoint(str(checkpoint.path.parent), tag=tag)
+        if loaded is None:
+            raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path.parent / tag}.")
+
+    def reshape(self, checkpoint: Checkpoint, zero_stage: int) -> tuple[str, bool]:
+        """(tag to load, whether it is DeepSpeed's universal format). Sharded optimizer states of another number of ranks are
+        converted once, by rank 0. Every rank must call this.
+
+        Raises: UserError if the ZeRO stage changed, which no format supports.
+        """
+        if checkpoint.zero_stage != zero_stage:
+            raise UserError(
+                f"checkpoint {checkpoint.tag} was written with ZeRO stage {checkpoint.zero_stage}, the DeepSpeed JSON now says "
+                f"{zero_stage}; keep the stage, or start a new run with --init_from {checkpoint.path.parent.parent}."
+            )
+        if checkpoint.world_size == self.here.world_size or zero_stage == 0:
+            return checkpoint.tag, False
+        universal = checkpoint.path.with_name(checkpoint.tag + ".universal")
+        log.info("converting %s from %d to %d ranks.", checkpoint.tag, checkpoint.world_size, self.here.world_size)
+        with self.here.together():
+            if self.here.main and not universal.exists():
+                _convert(checkpoint.path, universal)
+        return universal.name, True
+
+    def best(self) -> dict[str, dict[str, Any]]:
+        """Per objective: tag, score, and the epoch over the whole run."""
+        path = self.path / "best.json"
+        return read_json(path) if path.exists() else {}
+
+    def mark_best(self, objective: str, entry: dict[str, Any]) -> None:
+        """Rank 0 calls this after `save`."""
+        write_json(self.path / "best.json", self.best() | {objective: entry})
+
+    def prune(self) -> None:
+        """Remove what no rule keeps. Rank 0 calls this."""
+        checkpoints = self.whole()
+        kept = {checkpoint.tag for checkpoint in checkpoints[:1]} | {entry["tag"] for entry in self.best().values()}
+        if not self.save_best_only:
+            kept |= {checkpoint.tag for checkpoint in checkpoints[: self.keep]}
+            # Epoch 0 of phase p is next: the end of the phase before.
+            kept |= {c.tag for c in checkpoints if c.position.epoch == 0 and c.position.sample == 0}
+        for checkpoint in checkpoints:
+            if checkpoint.tag not in kept:
+                # The mark first, so that a removal that is interrupted leaves no checkpoint that looks whole.
+                (checkpoint.path / MARK).unlink()
+                shutil.rmtree(checkpoint.path)
+        for leftover in self.path.glob("*.universal"):
+            shutil.rmtree(leftover)
+
+
+def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """All weights and buffers, unsharded, floating-point ones in fp32 (the optimizer's master copy), on the CPU. Every rank must
+    call this."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param  # slow to import
+
+    module = ds.module
+    parameters = dict(module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=ds.zero_optimization_stage() == 3):
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    for name, parameter in parameters.items():
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if master is not None:
+            weights[name] = master.detach().cpu().clone().view_as(weights[name])
+    return {name: (w.float() if w.is_floating_point() else w).contiguous() for name, w in weights.items()}
+
+
+def phases_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The schedule a checkpoint was trained under, as dictionaries of `Phase` fields."""
+    return [asdict(Phase(**phase)) | {"trains": list(phase["trains"])} for phase in checkpoint.record["phases"]]
+
+
+def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _compare(path: Path, expected: dict[str, Any]) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+    return "" if _describe(path) == expected else f"{path.name} has changed (its checksum differs)"
+
+
+def _convert(source: Path, target: Path) -> None:
+    """DeepSpeed's offline converter, in a process of its own, into a folder that is renamed when it is whole."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(partial)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{source} cannot be converted for another number of ranks: {done.stderr.strip().splitlines()[-1:]}")
+    partial.rename(target)
+    (source.parent / "latest_universal").unlink(missing_ok=True)

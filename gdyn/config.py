@@ -1,0 +1,260 @@
+"""RunConfig: everything a run file may say, and the parser that reads it.
+
+Precedence: command line > run file > values left "auto" in the DeepSpeed JSON. A value stated in two of them differently is an
+error that names both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+import gdyn.engines  # noqa: F401  importing the engines makes them known to the parser
+from gdyn import gdynet, recipes
+from gdyn.engine import Engine
+from gdyn.errors import MissingFile, UserError
+from gdyn.phases import Phase, Plan
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What fills the "auto" values of the DeepSpeed JSON, and compilation."""
+
+    batch_size: PositiveInt | None = None
+    """Samples per rank and micro-batch (train_micro_batch_size_per_gpu)."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per optimizer step."""
+    learning_rate: PositiveFloat | None = None
+    """The optimizer's lr and the schedule's peak."""
+    mixed_precision: bool | None = None
+    """true: bf16 autocast, unless the JSON names a precision."""
+    torch_compile: bool = False
+    """Compile the network (the first epoch is slower)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Passed to torch.compile."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When checkpoints are written and which are kept."""
+
+    every_epochs: PositiveInt = 1
+    """Save after every so many epochs; the best and the end of a phase are always saved."""
+    every_steps: PositiveInt | None = None
+    """Also save within epochs."""
+    keep: PositiveInt = 2
+    """How many of the newest to keep beside the best, the latest and the end of each phase."""
+    save_best_only: bool = False
+    """Keep only the best and the latest."""
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What is written while training."""
+
+    every_steps: PositiveInt = 10
+    """A line of metrics.jsonl and a TensorBoard point after so many optimizer steps."""
+    style: Literal["table", "gdynet"] = "table"
+    """How an epoch is printed: one table row, or the original GDyNet block."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """A progress bar per epoch; auto: only on a terminal."""
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases, needs the extra `wandb`."""
+
+    enabled: bool = False
+    project: str | None = None
+    entity: str | None = None
+    run_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: engine, phases, DeepSpeed recipe, and where results go."""
+
+    engine: Engine
+    """The model family and its hyper-parameters: `class_path: Vamp` and `init_args`."""
+
+    deepspeed: str
+    """DeepSpeed JSON: a path, or the name of a bundled recipe such as fp32_zero1."""
+
+    run_dir: str
+    """Folder for everything the run writes."""
+
+    phases: list[Phase] | None = None
+    """What is trained, in order. Or use loss_schedule and epochs."""
+
+    loss_schedule: list[str] | None = None
+    """Short form of phases: one objective per phase, `epochs` each."""
+
+    epochs: PositiveInt | None = None
+    """Epochs of each phase of loss_schedule."""
+
+    seed: NonNegativeInt = 1234
+    """Of the weights and the order of samples."""
+
+    resume: str = "auto"
+    """auto: continue if the run folder holds checkpoints; never: refuse to; or a tag such as p1-vamp1-e0015."""
+
+    init_from: str | None = None
+    """Start from another run's best weights (a run folder) or from a .safetensors file."""
+
+    allow_schedule_change: bool = False
+    """Accept that phases already trained differ from the run file's."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    logging: Logging = field(default_factory=Logging)
+    wandb: Wandb = field(default_factory=Wandb)
+
+    export: bool = False
+    """After training, write weights and a stand-alone predictor as `gdyn export` does."""
+
+    workers: NonNegativeInt = 0
+    """Processes per rank that read ahead; 0 reads in the training process, which is fastest for memory-mapped frames."""
+
+    wall_time: PositiveFloat | None = None
+    """Seconds after which to stop with a checkpoint and exit code 75."""
+
+    limit_windows: PositiveInt | None = None
+    """A quick run: at most so many optimizer steps per epoch, and evaluation batches."""
+
+    overfit_windows: PositiveInt | None = None
+    """A sanity check: train on the same few windows in every epoch."""
+
+    @property
+    def plan(self) -> Plan:
+        """Raises: UserError if phases are given twice, not at all, or with an objective the engine does not know."""
+        if self.phases and (self.loss_schedule or self.epochs):
+            raise UserError("give either phases, or loss_schedule with epochs, not both.")
+        if self.loss_schedule and not self.epochs:
+            raise UserError("loss_schedule needs epochs (per phase).")
+        phases = self.phases or [Phase(word, self.epochs or 0) for word in self.loss_schedule or []]
+        known = self.engine.objectives()
+        for i, phase in enumerate(phases):
+            if phase.objective not in known:
+                raise UserError(f'phases[{i}].objective is "{phase.objective}"; {type(self.engine).__name__} knows {", ".join(known)}.')
+        return Plan(tuple(dataclasses.replace(phase, trains=tuple(phase.trains)) for phase in phases))
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Flat, for TensorBoard and the report."""
+        flat = {"engine": type(self.engine).__name__, "deepspeed": self.deepspeed, "seed": self.seed}
+        flat |= {f.name: getattr(self.engine, f.name) for f in dataclasses.fields(self.engine)}
+        return flat | dataclasses.asdict(self.optimization)
+
+
+    def to_yaml(self) -> str:
+        """The run file in full, with every value that holds and absolute paths: it can be used again from anywhere."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {
+            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            for name, value in values.items()
+            if value is not None
+        }
+        plain["engine"] = {"class_path": type(self.engine).__name__, "init_args": dataclasses.asdict(self.engine)}
+        if self.phases is not None:
+            plain["phases"] = [dataclasses.asdict(phase) | {"trains": list(phase.trains)} for phase in self.phases]
+        # Through JSON, because the parser's restricted numbers are subclasses that YAML does not know.
+        return str(yaml.safe_dump(json.loads(json.dumps(plain)), sort_keys=False))
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line came to."""
+
+    config: RunConfig
+    mode: Literal["train", "evaluate"]
+    notices: list[str]
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="gdyn train",
+        description="Train the engine of a run file. Every key of the run file is also an option, e.g. --engine.tau 5.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="The run file (YAML).")
+    parser.add_argument("--mode", choices=["train", "evaluate"], default="train", help="evaluate: score the best checkpoint.")
+    parser.add_argument("--local_rank", type=int, help="Accepted because launchers pass it; the environment is used.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def parse(argv: list[str]) -> Command:
+    """Read command line and run file.
+
+    Raises: UserError naming the key, for anything that is not understood.
+    """
+    argv, notices = gdynet.translate_arguments(list(argv))
+    _refuse_list_items(argv)
+    parser = make_parser()
+    try:
+        values = parser.parse_args(argv)
+        objects = parser.instantiate(values)
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises many kinds; every one of them is about the user's input
+        raise UserError(_explain(str(error))) from None
+    fields = {f.name: objects[f.name] for f in dataclasses.fields(RunConfig)}
+    fields["deepspeed"] = str(recipes.find_recipe(fields["deepspeed"], _folder(argv)))
+    fields["run_dir"] = str(Path(fields["run_dir"]).absolute())
+    return Command(RunConfig(**fields), objects["mode"], notices)
+
+
+def load(path: Path) -> RunConfig:
+    """The run.yaml of a run folder.
+
+    Raises: MissingFile, UserError.
+    """
+    if not path.is_file():
+        raise MissingFile(f"{path} does not exist.")
+    return parse(["--config", str(path)]).config
+
+
+def _folder(argv: list[str]) -> Path | None:
+    """Of the run file, beside which a DeepSpeed JSON may lie."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--config" and Path(value or following).is_file():
+            return Path(value or following).parent
+    return None
+
+
+def _refuse_list_items(argv: list[str]) -> None:
+    for word in argv:
+        # jsonargparse would silently change the last phase only
+        if word.startswith("--phases."):
+            raise UserError(f"{word}: items of a list cannot be set from the command line; edit phases in the run file.")
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's nested message as one line, with the nearest known name for a misspelt one."""
+    engines = {engine.__name__: engine for engine in Engine.__subclasses__()}
+    unknown = re.search(r"dot import path string: (\S+)|Import path (\S+)", message)
+    if unknown and 'key "engine"' in message:
+        return f'unknown engine "{unknown[1] or unknown[2]}"; known: {", ".join(sorted(engines))}.'
+    keys = [key for key in re.findall(r'Parser key "([^"]+)"', message)]
+    lines = [line.strip() for line in message.strip().splitlines()]
+    reason = next((line for line in reversed(lines) if not line.startswith(("Parser key", "Problem with"))), lines[-1])
+    stranger = re.search(r"(?:[Oo]ption '|option )([\w.]+)'? ?is not accepted|does not accept (?:nested key|option) '([\w.]+)'", reason)
+    hint = ""
+    if stranger:
+        name = (stranger[1] or stranger[2]).split(".")[-1]
+        known = [f.name for f in dataclasses.fields(RunConfig)]
+        for group in (Optimization, Checkpointing, Logging, Wandb, Phase, *engines.values()):
+            known += [f.name for f in dataclasses.fields(group)]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f' Did you mean "{near[0]}"?' if near else " See gdyn train --help and --engine.help Vamp."
+    return f"{'.'.join(keys)}: {reason.rstrip('.')}.{hint}" if keys else f"{reason.rstrip('.')}.{hint}"

@@ -1,0 +1,128 @@
+"""Engine and Step: what a model family must say to be trained.
+
+    @dataclass(frozen=True)
+    class Mean(Engine):
+        data: str
+        def model(self): return nn.Linear(3, 1)
+        def datasets(self): return {"train": Rows(self.data), "validation": Rows(self.data)}
+        def begin_window(self, model, batches, phase, here): return here.world_size * sum(len(b) for b in batches)
+        def loss(self, model, batch, phase, window):
+            squares = model(batch).square()
+            return Step(loss=squares.sum() / window, metrics={"loss": squares.mean().detach()}, weight=len(batch))
+
+Three promises an engine makes:
+1. one call of the root module per micro-batch, so that DeepSpeed's hooks see it;
+2. no branch on `model.training` or on the split: the same batch gives the same number in training and in validation;
+3. linear algebra that dislikes half precision is done in float32 or float64 inside the loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from gdyn.phases import Phase
+
+if TYPE_CHECKING:
+    from gdyn.inference import Run
+    from gdyn.ranks import RankContext
+
+
+class Dataset(Protocol):
+    """Samples that are fetched a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of these samples, as named tensors on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one micro-batch contributes.
+
+    The objective of an optimizer step is the *sum* of `loss` over all micro-batches of all ranks in the window: a loss that is
+    a mean over samples divides by the samples of the whole window (`begin_window` can count them). The trainer undoes
+    DeepSpeed's averaging over ranks and micro-batches. That is why the same global batch gives the same gradient for any split.
+    """
+
+    loss: torch.Tensor
+    """Scalar with a graph: this micro-batch's share of the objective."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Detached scalars; logged as means weighted by `weight`."""
+    weight: float = 1.0
+    """How many samples the metrics stand for."""
+    statistics: torch.Tensor | None = None
+    """Detached numbers that add up over micro-batches and ranks; `Engine.pooled` turns their sum over a whole split into
+    scores that are no means."""
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """A model family. Its fields are its hyper-parameters: they are the run file's schema, the command line and the manual."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A plain module for one device, freshly initialized from torch's global generator."""
+
+    @abstractmethod
+    def datasets(self) -> dict[str, Dataset]:
+        """The splits: train, validation and, if there is one, test.
+
+        Raises: UserError, MissingFile for data that cannot be used.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], phase: Phase, window: Any) -> Step:
+        """This micro-batch's share of the objective, for training and validation alike."""
+
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Validation scores that get a column in the epoch table, beside the objective."""
+
+    def objectives(self) -> tuple[str, ...]:
+        """The words `Phase.objective` may be. Each is also a score in `pooled` or `Step.metrics`."""
+        return ("loss",)
+
+    def higher_is_better(self, objective: str) -> bool:
+        """Which way the validation score of an objective improves."""
+        return False
+
+    def begin_window(
+        self, model: nn.Module, batches: list[dict[str, torch.Tensor]], phase: Phase, here: RankContext
+    ) -> Any:
+        """What `loss` needs to know of the whole window (all ranks x all micro-batches). Every rank calls this; validation calls
+        it for one batch with `here` a world of one."""
+        return None
+
+    def pooled(self, statistics: torch.Tensor) -> dict[str, Any]:
+        """Scores of a whole split from the summed `Step.statistics`: each computed once, never a mean of batch scores."""
+        return {}
+
+    def notices(self, samples_per_window: int) -> list[str]:
+        """What a user should know before the first step, one sentence each.
+
+        Raises: UserError if this batch cannot work.
+        """
+        return []
+
+    def param_groups(self, model: nn.Module, phase: Phase) -> list[dict[str, Any]] | None:
+        """Optimizer parameter groups of the trainable parameters; None: one group."""
+        return None
+
+    def figures(self, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Matplotlib figures for TensorBoard, from the final scores of each split."""
+        return {}
+
+    def headline(self, summary: dict[str, Any]) -> list[str]:
+        """What a person wants to read at the end of a run, from summary.json."""
+        return []
+
+    def report(self, run: Run, **options: Any) -> dict[str, Any]:
+        """What `gdyn analyze` shows of a run."""
+        raise NotImplementedError(f"{type(self).__name__} has no report")

@@ -1,0 +1,38 @@
+"""Scores of a whole split: the same loss as in training, one batch as its own window, and what only the whole set can say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdyn.engine import Engine
+from gdyn.loader import Loader
+from gdyn.metrics import Meter
+from gdyn.phases import Phase
+from gdyn.ranks import ALONE, RankContext
+
+
+def evaluate(
+    engine: Engine, model: nn.Module, loader: Loader, phase: Phase, here: RankContext
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """(scores of the split, metrics of this rank's last batch). Every rank must call this.
+
+    Scores that `Engine.pooled` computes once over the whole split stand under their own names; means over batches under
+    the metric's name, or `batch_<name>` where a pooled score has that name. `model` is in eval mode already.
+    """
+    meter = Meter(here.device)
+    with torch.no_grad():
+        for batch, counts in loader.shard():
+            batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
+            window = engine.begin_window(model, [batch], phase, ALONE)
+            step = engine.loss(model, batch, phase, window)
+            meter.add(step, weight=None if counts else 0.0)
+    statistics = meter.total_statistics()
+    pooled = engine.pooled(statistics) if statistics is not None else {}
+    if phase.objective in pooled:
+        sign = -1 if engine.higher_is_better(phase.objective) else 1
+        pooled["loss"] = sign * pooled[phase.objective]
+    means = {f"batch_{name}" if name in pooled else name: value for name, value in meter.means().items()}
+    return pooled | means, meter.last

@@ -1,0 +1,406 @@
+"""Trainer: phases -> epochs -> windows over one DeepSpeed engine, which is always called `ds`."""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdyn import ds_config, progress
+from gdyn.checkpoints import Checkpoint, CheckpointStore, full_weights, phases_of
+from gdyn.config import RunConfig
+from gdyn.ds_config import DsConfig
+from gdyn.errors import UserError
+from gdyn.evaluation import evaluate
+from gdyn.inference import choose, load_weights, weights_of
+from gdyn.loader import Batch, Loader
+from gdyn.metrics import Journal, Meter
+from gdyn.phases import Phase, Position
+from gdyn.ranks import RankContext
+from gdyn.rundir import RunDir, write_json
+from gdyn.signals import StopRequest
+
+log = logging.getLogger("gdyn")
+
+
+class Trainer:
+    """One run, as seen by one rank. Every rank must make one and call the same methods in the same order.
+
+    Raises: UserError for data, batch sizes or a DeepSpeed JSON that cannot work together.
+    """
+
+    def __init__(self, config: RunConfig, here: RankContext, run_dir: RunDir, recipe: DsConfig, stop: StopRequest):
+        self.config, self.here, self.run_dir, self.stop = config, here, run_dir, stop
+        self.engine, self.plan = config.engine, config.plan
+        self.datasets = self.engine.datasets()
+        wishes = config.optimization
+        self.loader = Loader(
+            self.datasets["train"],
+            *ds_config.batch_sizes(recipe, wishes.batch_size, wishes.gradient_accumulation_steps),
+            here,
+            seed=config.seed,
+            workers=config.workers,
+            limit_windows=config.limit_windows,
+            overfit_windows=config.overfit_windows,
+        )
+        self.loader.check()
+        self.notices = self.engine.notices(self.loader.window_size)
+        self.ds_json = ds_config.complete(recipe, wishes, self.plan.epochs * self.loader.windows_per_epoch)
+        keep = config.checkpointing
+        self.store = CheckpointStore(run_dir.checkpoints, here, keep.keep, keep.save_best_only)
+        self.ds: Any = None
+        self.trains: list[str] = []
+        self.header_shown = False
+        self.checkpoint_seconds, self.window_began = 1.0, time.monotonic()
+
+    # -- the table of contents ----------------------------------------------------------------------------------------
+
+    def fit(self) -> Position:
+        """Train what is left of the plan, or until a stop is requested; returns what is next. Every rank must call this."""
+        checkpoint = self.store.find(self.config.resume)
+        position = self._begin(checkpoint)
+        journal = Journal(self.run_dir, self.here.main, position.step, self.config.hyper_parameters, self.config.wandb)
+        self.journal, self.trained, self.seconds = journal, 0, 0.0
+        while not self.plan.done(position) and not self._stopping():
+            self._enter(position, checkpoint)
+            checkpoint = None
+            position = self._train_epoch(position)
+        self._leave()
+        return position
+
+    def finish(self, position: Position) -> dict[str, Any]:
+        """Score the best checkpoint on validation and test, write summary.json and return it. Every rank must call this."""
+        chosen = choose(self.store, self.config, "best")
+        model = self.engine.model()
+        load_weights(model, chosen.weights(), str(chosen.path))
+        model.to(self.here.device).eval()
+        phase = self.plan.phases[-1]
+        scores = {}
+        for split in ("validation", "test"):
+            if split in self.datasets:
+                values, _ = evaluate(self.engine, model, self._whole(split), phase, self.here)
+                self.journal.write(values, step=position.step, phase=phase.label, epoch=self.plan.epochs, split=split)
+                scores[split] = values
+        for name, figure in self.engine.figures(scores).items() if self.here.main else ():
+            self.journal.figure(name, figure, position.step)
+        summary = {
+            "engine": type(self.engine).__name__,
+            "world_size": self.here.world_size,
+            "phases": [{"name": p.label, "objective": p.objective, "epochs": p.epochs} for p in self.plan.phases],
+            "steps": position.step,
+            "epochs": self.plan.global_epoch(position),
+            "samples_per_second": self.trained / self.seconds if self.seconds else None,
+            "best": {objective: entry["score"] for objective, entry in self.store.best().items()},
+            **scores,
+            "checkpoint": chosen.tag,
+        }
+        if self.here.main:
+            write_json(self.run_dir.summary_json, summary)
+        self.journal.close()
+        return summary
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _begin(self, checkpoint: Checkpoint | None) -> Position:
+        """Where to start, with the sentences that say so."""
+        loader = self.loader
+        log.info(
+            "global batch %d = micro-batch %d x accumulation %d x %d ranks; %d steps per epoch, %d of %d samples left over.",
+            loader.window_size,
+            loader.micro_batch,
+            loader.accumulation,
+            self.here.world_size,
+            loader.windows_per_epoch,
+            loader.remainder,
+            len(loader.dataset),
+        )
+        for notice in self.notices:
+            log.warning("%s", notice)
+        if checkpoint is None:
+            if self.run_dir.metrics_jsonl.exists():
+                log.warning("%s has no checkpoint yet: starting from the beginning.", self.run_dir.path)
+            return Position()
+        position = checkpoint.position
+        change = self.plan.check_past(phases_of(checkpoint), position, self.config.allow_schedule_change)
+        if change:
+            log.warning("%s", change)
+        self._check_seed(checkpoint)
+        if self.plan.done(position):
+            log.info("the run is finished (checkpoint %s); nothing to train, evaluating.", checkpoint.tag)
+        else:
+            log.info(
+                "resuming from checkpoint %s: %d of %d epochs done, starting from phase %d, epoch %d, sample %d.",
+                checkpoint.tag,
+                self.plan.global_epoch(position),
+                self.plan.epochs,
+                position.phase,
+                position.epoch,
+                position.sample,
+            )
+        return position
+
+    def _check_seed(self, checkpoint: Checkpoint) -> None:
+        position, record = checkpoint.position, checkpoint.record
+        if position.sample and record["seed"] != self.config.seed:
+            raise UserError(
+                f"checkpoint {checkpoint.tag} lies within an epoch whose order seed {record['seed']} gave; the run file says seed "
+                f"{self.config.seed}. Restore the seed, or resume from the end of an epoch."
+            )
+        if position.sample and record["global_batch"] != self.loader.window_size:
+            log.warning(
+                "the global batch was %d and is now %d: training goes on, but not as if it had never stopped.",
+                record["global_batch"],
+                self.loader.window_size,
+            )
+
+    def _enter(self, position: Position, checkpoint: Checkpoint | None) -> None:
+        """Make `ds` for the phase of `position`, unless the present one trains the same parameters. Every rank must call this."""
+        phase = self.plan.phase(position)
+        if self.ds is None or position.epoch == 0 and position.sample == 0:
+            first, last = self.plan.global_epoch(position), self.plan.global_epoch(position) + phase.epochs - position.epoch - 1
+            log.info("phase %s: objective %s, epochs %d-%d.", phase.label, phase.objective, first, last)
+            if self.config.logging.style == "gdynet":
+                log.info("%s", progress.gdynet_header(position.phase, phase))
+        if self.ds is not None and self.trains == self._trainable(self.ds.module, phase):
+            return
+        weights = full_weights(self.ds) if self.ds is not None else None
+        self._release()
+        torch.manual_seed(self.config.seed)
+        model = self.engine.model()
+        if weights is not None:
+            model.load_state_dict(weights)
+        elif checkpoint is None and self.config.init_from:
+            load_weights(model, weights_of(Path(self.config.init_from)), self.config.init_from)
+            log.info("weights from %s.", self.config.init_from)
+        self.trains = self._trainable(model, phase)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in set(self.trains))
+        if checkpoint is None or checkpoint.record["trains"] == self.trains:
+            self._initialize(model, phase, checkpoint)
+        else:
+            # Another trainable set: the optimizer state of the phase before has no place to go.
+            load_weights(model, checkpoint.weights(), str(checkpoint.path))
+            self._initialize(model, phase, None)
+
+    def _initialize(self, model: nn.Module, phase: Phase, checkpoint: Checkpoint | None) -> None:
+        import deepspeed
+
+        ds_json, tag = dict(self.ds_json), ""
+        if checkpoint is not None:
+            tag, universal = self.store.reshape(checkpoint, ds_config.zero_stage(ds_json))
+            if universal:
+                ds_json["checkpoint"] = {**ds_json.get("checkpoint", {}), "load_universal": True}
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        log.info("%d trainable parameters of %d.", _count(trainable), _count(list(model.parameters())))
+        groups = self.engine.param_groups(model, phase) or trainable
+        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_json)
+        if checkpoint is not None:
+            self.store.load(self.ds, checkpoint, tag)
+        if self.config.optimization.torch_compile:
+            self.ds.compile(compile_kwargs={"mode": self.config.optimization.compile_mode})
+
+    @staticmethod
+    def _trainable(model: nn.Module, phase: Phase) -> list[str]:
+        names = [name for name, _ in model.named_parameters()]
+        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in phase.trains)]
+        if not chosen:
+            raise UserError(
+                f"phase {phase.label}: trains {list(phase.trains)} matches no parameter; the first are {', '.join(names[:3])}."
+            )
+        return chosen
+
+    # -- one epoch ----------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, position: Position) -> Position:
+        """Train to the end of the epoch, validate and save; or, if a stop is requested, save at once. Returns what is next.
+        Every rank must call this."""
+        phase, epoch = self.plan.phase(position), self.plan.global_epoch(position)
+        total, recent = Meter(self.here.device), Meter(self.here.device)
+        started = lapped = time.perf_counter()
+        first_step = lap_step = position.step
+        self.ds.train()
+        for batches in self._bar(position):
+            due = (position.step + 1) % self.config.logging.every_steps == 0
+            gradient_norm = self._train_window(batches, phase, position.step, recent, due)
+            position = self.plan.after_window(position, self.loader.window_size)
+            if due:
+                values = recent.means() | {"lr": self._learning_rate(), "grad_norm": gradient_norm}
+                self._refuse_nan(values, position)
+                now = time.perf_counter()
+                values["samples_per_second"] = (position.step - lap_step) * self.loader.window_size / (now - lapped)
+                self.journal.write(values, step=position.step, phase=phase.label, epoch=epoch, split="train")
+                total.absorb(recent)
+                recent, lapped, lap_step = Meter(self.here.device), now, position.step
+            if self._stopping():
+                self._save(position, {})
+                return position
+            every = self.config.checkpointing.every_steps
+            if every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
+                self._save(position, {})
+        total.absorb(recent)
+        train = total.means()
+        self._refuse_nan(train, position)
+        seconds = time.perf_counter() - started
+        samples = (position.step - first_step) * self.loader.window_size
+        self.trained, self.seconds = self.trained + samples, self.seconds + seconds
+        self.ds.eval()
+        validation, last = evaluate(self.engine, self.ds, self._whole("validation"), phase, self.here)
+        facts = {"step": position.step, "phase": phase.label, "epoch": epoch}
+        self.journal.write(validation, split="validation", **facts)
+        position, improved, tag = self._end_epoch(position, validation)
+        report = progress.EpochReport(
+            epoch=epoch + 1,
+            epochs=self.plan.epochs,
+            phase=phase,
+            train=train,
+            train_last=total.last,
+            validation=validation,
+            validation_last=last,
+            learning_rate=self._learning_rate(),
+            samples_per_second=samples / seconds,
+            seconds=seconds,
+            improved=improved,
+            checkpoint=tag,
+            shown=list(dict.fromkeys([phase.objective, *self.engine.shown])),
+        )
+        self._report(report)
+        return position
+
+    def _train_window(
+        self, batches: list[Batch], phase: Phase, step: int, meter: Meter, measure: bool
+    ) -> float | None:
+        """One optimizer step; returns the gradient norm before clipping if `measure`. Every rank must call this."""
+        batches = [{name: tensor.to(self.here.device, non_blocking=True) for name, tensor in b.items()} for b in batches]
+        # Randomness is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one would.
+        torch.manual_seed(self.config.seed + 1_000_003 * step + 7_919 * self.here.rank)
+        window = self.engine.begin_window(self.ds, batches, phase, self.here)
+        # DeepSpeed averages over ranks and micro-batches; the shares of a window add up (see Step.loss).
+        scale = self.here.world_size * len(batches)
+        norm = None
+        for i, batch in enumerate(batches):
+            part = self.engine.loss(self.ds, batch, phase, window)
+            self.ds.backward(part.loss * scale)
+            if measure and i == len(batches) - 1 and self.ds.zero_optimization_stage() == 0:
+                norm = float(nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None]))
+            self.ds.step()
+            meter.add(part)
+        if measure and self.ds.get_global_grad_norm() is not None:
+            norm = float(self.ds.get_global_grad_norm())
+        return norm
+
+    def _end_epoch(self, position: Position, validation: dict[str, Any]) -> tuple[Position, bool, str]:
+        """(what is next, whether the objective's best score improved, tag of the checkpoint if one was due). Every rank must call
+        this."""
+        phase = self.plan.phase(position)
+        sign = 1 if self.engine.higher_is_better(phase.objective) else -1
+        score = validation.get(phase.objective, math.nan)
+        best = self.store.best().get(phase.objective)
+        # Per objective: the scales of different objectives cannot be compared.
+        improved = best is None or sign * score > sign * best["score"]
+        improved = self.here.broadcast(improved)
+        following = self.plan.after_epoch(position)
+        epoch = self.plan.global_epoch(position) + 1
+        due = epoch % self.config.checkpointing.every_epochs == 0 and not self.config.checkpointing.save_best_only
+        if not (improved or due or following.phase > position.phase):
+            return following, improved, ""
+        tag = self._save(following, validation, trained=phase)
+        if improved and self.here.main:
+            self.store.mark_best(phase.objective, {"tag": tag, "score": score, "epoch": epoch})
+        if self.here.main:
+            self.store.prune()
+        self.here.barrier()
+        return following, improved, tag
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    def _save(self, position: Position, validation: dict[str, Any], trained: Phase | None = None) -> str:
+        """Every rank must call this."""
+        facts = {
+            "engine": type(self.engine).__name__,
+            "seed": self.config.seed,
+            "global_batch": self.loader.window_size,
+            "trains": self.trains,
+            "validation": validation,
+        }
+        began = time.monotonic()
+        tag = self.store.save(self.ds, self.plan, position, facts)
+        self.checkpoint_seconds = max(self.checkpoint_seconds, time.monotonic() - began)
+        return tag
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop, or has just time enough left for a window and a checkpoint. Every rank must call
+        this: most launchers do not deliver a signal to all."""
+        now = time.monotonic()
+        # Twice the slowest so far: file systems have bad moments, and a lost checkpoint costs more than a short job.
+        needed = 2 * (now - self.window_began + self.checkpoint_seconds)
+        self.window_began = now
+        return self.here.any(self.stop.due(now, needed))
+
+    def _report(self, report: progress.EpochReport) -> None:
+        if self.config.logging.style == "gdynet":
+            log.info("%s", progress.gdynet_block(report))
+            if report.checkpoint:
+                log.info("Saved checkpoint: %s", self.run_dir.checkpoints / report.checkpoint)
+            return
+        if not self.header_shown:
+            log.info("%s", progress.table_header(report))
+            self.header_shown = True
+        log.info("%s", progress.table_row(report))
+
+    def _whole(self, split: str) -> Loader:
+        """The loader of a split that is evaluated."""
+        return Loader(
+            self.datasets[split],
+            self.loader.micro_batch,
+            1,
+            self.here,
+            workers=self.config.workers,
+            limit_windows=self.config.limit_windows,
+        )
+
+    def _bar(self, position: Position) -> Any:
+        epoch = self.plan.global_epoch(position)
+        label = f"epoch {epoch + 1}/{self.plan.epochs} {self.plan.phase(position).label}"
+        done = position.sample // self.loader.window_size
+        style = self.config.logging.progress if self.here.main else "off"
+        return progress.bar(self.loader.windows(epoch, position.sample), self.loader.windows_per_epoch, done, label, style)
+
+    def _learning_rate(self) -> float:
+        return float(self.ds.get_lr()[0])
+
+    def _refuse_nan(self, values: dict[str, Any], position: Position) -> None:
+        """The values are reduced, so all ranks agree. Raises: UserError with what usually helps."""
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {values['loss']} at step {position.step}. Usual cures: a smaller learning_rate (halve it), a larger "
+                "batch or epsilon, data without NaN. The checkpoints before this step are intact."
+            )
+
+    def _leave(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of `ds`. What `destroy` leaves behind (hooks on the module, references to the optimizer) would keep every
+        phase's engine alive."""
+        if self.ds is None:
+            return
+        ds, self.ds = self.ds, None
+        ds.destroy()
+        for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+            if getattr(ds, hook, None) is not None:
+                getattr(ds, hook).remove()
+        ds.optimizer = ds.basic_optimizer = ds.lr_scheduler = None
+        del ds
+        gc.collect()
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    # ds_numel: a parameter that ZeRO-3 has partitioned looks empty
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

@@ -1,0 +1,24 @@
+"""Settings that must hold before anything imports torch, and the ranks harness as a fixture."""
+
+import os
+
+import pytest
+
+from tests import harness
+
+# The tests start their own ranks: whoever started pytest is none of their business.
+_environment = harness.clean_environment()
+for _name in os.environ.keys() - _environment.keys():
+    del os.environ[_name]
+os.environ.update(_environment)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", 'slow: seconds rather than milliseconds; skip with -m "not slow"')
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """`harness.run_ranks` with its server warm, so that no test's time limit pays for imports."""
+    harness.warm_up()
+    return harness.run_ranks
