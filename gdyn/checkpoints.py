@@ -2,9 +2,9 @@
 
     checkpoints/<tag>/...               what DeepSpeed writes, one part per rank
     checkpoints/<tag>/weights.safetensors   all weights in fp32, readable by anything, by any number of ranks
-    checkpoints/<tag>/position.json     written last: the next work, and size and digest of every other file
+    checkpoints/<tag>/position.json     written last: the next work, size and digest of every other file, the best so far
     checkpoints/latest                  the newest whole tag; moved after position.json
-    checkpoints/best.json               per objective: tag and validation score
+    checkpoints/best.json               per objective: tag and validation score; a copy of what the newest position.json says
 
 A tag without position.json is a save that was interrupted, and is ignored. DeepSpeed's own `latest` is not used: it can name a
 tag whose parts do not exist yet.
@@ -13,11 +13,15 @@ tag whose parts do not exist yet.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +42,7 @@ log = logging.getLogger("gdyn")
 
 MARK = "position.json"
 WEIGHTS = "weights.safetensors"
+_BROKEN = re.compile(r"\.broken\d*$")
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,12 @@ class CheckpointStore:
     """Keep only the best and the latest."""
 
     def save(self, ds: DeepSpeedEngine, plan: Plan, position: Position, facts: dict[str, Any]) -> str:
-        """Save on all ranks; returns the tag. Every rank must call this. `facts` go into position.json."""
+        """Save on all ranks; returns the tag. Every rank must call this. `facts` go into position.json; its "best" is what `best`
+        returns from now on."""
         tag = plan.tag(position)
         folder = self.path / tag
         if self.here.main and folder.exists():
-            shutil.rmtree(folder)  # an interrupted save of the same position
+            _remove(folder)  # an interrupted save of the same position, or another branch's
         self.here.barrier()
         # The version entry lets DeepSpeed's converter reshape the checkpoint for another number of ranks.
         universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
@@ -95,41 +101,52 @@ class CheckpointStore:
         if self.here.main:
             record = {
                 "position": asdict(position),
+                "written": time.time(),
                 "phases": [asdict(phase) for phase in plan.phases],
                 "world_size": self.here.world_size,
                 "zero_stage": ds.zero_optimization_stage(),
                 **facts,
                 "files": described,
             }
-            write_json(folder / MARK, record)
+            write_json(folder / MARK, record | {"sha256": _digest(record)})
             write_text(self.path / "latest", tag + "\n")
+            write_json(self.path / "best.json", facts["best"])
         self.here.barrier()
         return tag
 
     def whole(self) -> list[Checkpoint]:
-        """Every checkpoint that was finished, newest first.
+        """Every checkpoint that was finished and whose position.json is readable, newest first."""
+        found, _ = self._look()
+        # By time, because a run that went back to an older tag goes on from there, whatever it had reached before.
+        return sorted(found, key=lambda checkpoint: (checkpoint.record["written"], checkpoint.position), reverse=True)
 
-        Raises: UserError if a position.json cannot be understood.
-        """
-        found = []
-        for mark in self.path.glob(f"*/{MARK}"):
-            if mark.parent.name.endswith(".broken"):
-                continue
-            found.append(self.read(mark.parent))
-        return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
+    def _look(self) -> tuple[list[Checkpoint], list[str]]:
+        """(finished checkpoints, what is wrong with those whose position.json cannot be understood)."""
+        found, problems = [], []
+        for mark in sorted(self.path.glob(f"*/{MARK}")):
+            if not _BROKEN.search(mark.parent.name):
+                try:
+                    found.append(self.read(mark.parent))
+                except UserError as error:
+                    problems.append(str(error))
+        return found, problems
 
     @staticmethod
     def read(folder: Path) -> Checkpoint:
-        """Raises: MissingFile if `folder` is no whole checkpoint, UserError if it is another program's."""
+        """Raises: MissingFile if `folder` is no whole checkpoint, UserError if it is damaged or another program's."""
         if not (folder / MARK).is_file():
             raise MissingFile(
                 f"{folder} is not a whole checkpoint of this program (no {MARK}); give a tag from the run's checkpoints folder."
             )
         record = read_json(folder / MARK)
         try:
-            return Checkpoint(folder, Position(**record["position"]), record)
-        except (KeyError, TypeError) as error:
+            checksum = record.pop("sha256")
+            checkpoint = Checkpoint(folder, Position(**record["position"]), record)
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MARK} was not written by this program ({error}).") from None
+        if checksum != _digest(record):
+            raise UserError(f"{folder / MARK} has changed (its checksum differs).")
+        return checkpoint
 
     def find(self, which: str) -> Checkpoint | None:
         """The checkpoint to resume from: `auto` (the newest intact one, with a warning for every damaged one; None if the run has
@@ -138,7 +155,7 @@ class CheckpointStore:
         Raises: UserError if the run has history and no intact checkpoint: nothing restarts from scratch unasked.
         """
         if which == "never":
-            if self.whole():
+            if self._has_history():
                 raise UserError(
                     f"--resume never, but {self.path} already holds checkpoints; give another --run_dir or remove the folder."
                 )
@@ -150,20 +167,25 @@ class CheckpointStore:
             if damage:
                 raise UserError(f"{folder} is damaged: {damage}; resume from another tag or with --resume auto.")
             return checkpoint
-        candidates = self.whole()
-        for checkpoint in candidates:
+        for problem in self._look()[1]:
+            log.warning("%s; it is ignored.", problem)
+        for checkpoint in self.whole():
             damage = self.damage(checkpoint)
             if not damage:
                 return checkpoint
             log.warning("checkpoint %s is damaged (%s); falling back to the one before it.", checkpoint.tag, damage)
             if self.here.main:
-                checkpoint.path.rename(checkpoint.path.with_name(checkpoint.tag + ".broken"))
+                checkpoint.path.rename(_set_aside(checkpoint.path))
             self.here.barrier()
-        if candidates:
+        if self._has_history():
             raise UserError(
-                f"every checkpoint in {self.path} is damaged (now named *.broken); restore one, or start over in another --run_dir."
+                f"every checkpoint in {self.path} is damaged (now named *.broken, or without a readable {MARK}); restore one, or "
+                "start over in another --run_dir."
             )
         return None
+
+    def _has_history(self) -> bool:
+        return any(self.path.glob(f"*/{MARK}"))
 
     def damage(self, checkpoint: Checkpoint) -> str:
         """What is wrong with a checkpoint's files, empty if nothing is. Every rank must call this; the ranks share the reading and
@@ -200,13 +222,16 @@ class CheckpointStore:
         return universal.name, True
 
     def best(self) -> dict[str, dict[str, Any]]:
-        """Per objective: tag, score, and the epoch over the whole run."""
+        """Per objective: tag, score, and the epoch over the whole run. Only what is still there."""
         path = self.path / "best.json"
-        return read_json(path) if path.exists() else {}
+        best: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+        return {objective: entry for objective, entry in best.items() if (self.path / entry["tag"] / MARK).is_file()}
 
-    def mark_best(self, objective: str, entry: dict[str, Any]) -> None:
-        """Rank 0 calls this after `save`."""
-        write_json(self.path / "best.json", self.best() | {objective: entry})
+    def recall_best(self, checkpoint: Checkpoint) -> None:
+        """Make `best` what it was when `checkpoint` was written, whatever was interrupted since. Every rank must call this."""
+        if self.here.main:
+            write_json(self.path / "best.json", checkpoint.record["best"])
+        self.here.barrier()
 
     def prune(self) -> None:
         """Remove what no rule keeps. Rank 0 calls this."""
@@ -218,10 +243,8 @@ class CheckpointStore:
             kept |= {c.tag for c in checkpoints if c.position.epoch == 0 and c.position.sample == 0}
         for checkpoint in checkpoints:
             if checkpoint.tag not in kept:
-                # The mark first, so that a removal that is interrupted leaves no checkpoint that looks whole.
-                (checkpoint.path / MARK).unlink()
-                shutil.rmtree(checkpoint.path)
-        for leftover in self.path.glob("*.universal"):
+                _remove(checkpoint.path)
+        for leftover in self.path.glob("*.universal*"):
             shutil.rmtree(leftover)
 
 
@@ -245,6 +268,22 @@ def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 def phases_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The schedule a checkpoint was trained under, as dictionaries of `Phase` fields."""
     return [asdict(Phase(**phase)) | {"trains": list(phase["trains"])} for phase in checkpoint.record["phases"]]
+
+
+def _remove(folder: Path) -> None:
+    """The mark first, so that a removal that is interrupted leaves no checkpoint that looks whole."""
+    (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _set_aside(folder: Path) -> Path:
+    """A name for a damaged checkpoint under which it is no candidate any more: <tag>.broken, then <tag>.broken2 ..."""
+    names = (folder.with_name(f"{folder.name}.broken{i if i > 1 else ''}") for i in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path, sync: bool = False) -> dict[str, Any]:

@@ -155,8 +155,8 @@ class RunConfig:
         return flat | dataclasses.asdict(self.optimization)
 
 
-    def to_yaml(self) -> str:
-        """The run file in full, with every value that holds and absolute paths: it can be used again from anywhere."""
+    def to_dict(self) -> dict[str, Any]:
+        """The run file in full, as plain values: every value that holds, with absolute paths."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {
             name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
@@ -167,7 +167,12 @@ class RunConfig:
         if self.phases is not None:
             plain["phases"] = [dataclasses.asdict(phase) | {"trains": list(phase.trains)} for phase in self.phases]
         # Through JSON, because the parser's restricted numbers are subclasses that YAML does not know.
-        return str(yaml.safe_dump(json.loads(json.dumps(plain)), sort_keys=False))
+        result: dict[str, Any] = json.loads(json.dumps(plain))
+        return result
+
+    def to_yaml(self) -> str:
+        """A run file that can be used again from anywhere."""
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ def parse(argv: list[str]) -> Command:
 
     Raises: UserError naming the key, for anything that is not understood.
     """
-    argv, notices = gdynet.translate_arguments(list(argv))
+    argv, notices = gdynet.translate_arguments(_run_file_first(argv))
     _refuse_list_items(argv)
     parser = make_parser()
     try:
@@ -223,13 +228,21 @@ def load(path: Path) -> RunConfig:
     return parse(["--config", str(path)]).config
 
 
+def _run_file_first(argv: list[str]) -> list[str]:
+    """The same arguments with the run file in front, because jsonargparse lets later ones win, wherever they come from."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    front: list[str] = []
+    while "--config" in words[:-1]:
+        i = words.index("--config")
+        front += words[i : i + 2]
+        del words[i : i + 2]
+    return front + words
+
+
 def _folder(argv: list[str]) -> Path | None:
     """Of the run file, beside which a DeepSpeed JSON may lie."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--config" and Path(value or following).is_file():
-            return Path(value or following).parent
-    return None
+    run_file = argv[1] if argv[:1] == ["--config"] else ""
+    return Path(run_file).parent if Path(run_file).is_file() else None
 
 
 def _refuse_list_items(argv: list[str]) -> None:

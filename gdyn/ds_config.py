@@ -128,7 +128,7 @@ def _rule_problems(values: Values) -> Iterator[str]:
     enabled = [f'"{name}"' for name in sorted(PRECISIONS) if get(values, f"{name}.enabled") is True]
     if len(enabled) > 1:
         yield f"both {' and '.join(enabled)} are enabled; keep one."
-    if "torch_autocast" in values and "dtype" not in values["torch_autocast"]:
+    if get(values, "torch_autocast.enabled", False) and "dtype" not in values["torch_autocast"]:
         yield '"torch_autocast.dtype" is missing; write "bfloat16" (torch would choose by device).'
     if "train_micro_batch_size_per_gpu" not in values:
         yield '"train_micro_batch_size_per_gpu" is missing; write a number, or "auto" to take optimization.batch_size.'

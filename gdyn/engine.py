@@ -64,6 +64,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Predictor:
+    """A network with positional tensors in and out, and what torch.export must know of it."""
+
+    network: nn.Module
+    example: tuple[torch.Tensor, ...]
+    other: tuple[torch.Tensor, ...]
+    """Inputs of other sizes, with which the exported program is checked."""
+    dynamic_shapes: tuple[Any, ...]
+    inputs: dict[str, str]
+    """Name and meaning of every input, in order."""
+    output: str
+
+
+@dataclass(frozen=True)
 class Engine(ABC):
     """A model family. Its fields are its hyper-parameters: they are the run file's schema, the command line and the manual."""
 
@@ -122,6 +136,14 @@ class Engine(ABC):
     def headline(self, summary: dict[str, Any]) -> list[str]:
         """What a person wants to read at the end of a run, from summary.json."""
         return []
+
+    def evaluate(self, run: Run, sources: list[str]) -> dict[str, Any]:
+        """Scores of a run's weights on other data, for `gdyn evaluate`."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation")
+
+    def predictor(self, model: nn.Module) -> Predictor:
+        """What `gdyn export` makes a program of."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be exported")
 
     def report(self, run: Run, **options: Any) -> dict[str, Any]:
         """What `gdyn analyze` shows of a run."""

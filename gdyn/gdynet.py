@@ -31,25 +31,24 @@ OBJECTIVES = {"vamp1": "vamp_sym", "vamp2": "vamp2"}
 
 
 def translate_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(arguments for our parser, notices). Anything but a GDyNet run file passes through unchanged.
+    """(arguments for our parser, notices) from arguments whose run file comes first. Anything but a GDyNet run file passes
+    through unchanged.
 
     Raises: MissingFile, UserError naming file and key.
     """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    notices: list[str] = []
-    for i, word in enumerate(argv[:-1]):
-        if word != "--config":
-            continue
-        content = _read(argv[i + 1])
-        if isinstance(content, dict) and "model_type" in content and "engine" not in content:
-            argv[i + 1] = yaml.safe_dump(translate(content, argv[i + 1]))
-            notices.append(
-                f'{Path(argv[i + 1]).name if len(argv[i + 1]) < 200 else "the run file"} is a GDyNet run file: translated; its phase '
-                '"vamp1" is objective vamp_sym, batches are normalised per atom (--engine.norm batch restores the original).'
-            )
-            argv = ["--run_dir" if other == "--output" else other.replace("--output=", "--run_dir=") for other in argv]
-            break
-    return argv, notices
+    if argv[:1] != ["--config"] or len(argv) < 2:
+        return argv, []
+    source, rest = argv[1], argv[2:]
+    content = _read(source)
+    if not isinstance(content, dict) or "model_type" not in content or "engine" in content:
+        return argv, []
+    translated = yaml.safe_dump(translate(content, source))
+    rest = ["--run_dir" if word == "--output" else word.replace("--output=", "--run_dir=") for word in rest]
+    notice = (
+        f'{source} is a GDyNet run file: translated; its phase "vamp1" is objective vamp_sym, and atoms are normalised one by one '
+        "(--engine.norm batch restores the original)."
+    )
+    return ["--config", translated, *rest], [notice]
 
 
 def translate(old: dict[str, Any], source: str) -> dict[str, Any]:

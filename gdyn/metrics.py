@@ -54,6 +54,16 @@ class Meter:
             statistics = statistics if counts else torch.zeros_like(statistics)
             self.statistics = statistics if self.statistics is None else self.statistics + statistics
 
+    def sums_by_name(self) -> dict[str, float]:
+        """This rank's weighted sums, and the sum of weights under an empty name: what `add_sums` takes."""
+        return {} if self.sums is None else dict(zip([*self.names, ""], self.sums.tolist(), strict=True))
+
+    def add_sums(self, sums: dict[str, float], counts: bool) -> None:
+        """Count what a meter's `sums_by_name` says, or zeros of the same names if it does not count on this rank."""
+        if sums:
+            row = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+            self._add([name for name in sums if name], row if counts else torch.zeros_like(row), None, counts)
+
     @property
     def last(self) -> dict[str, float]:
         """The metrics of this rank's last step."""

@@ -237,7 +237,7 @@ def _device(accelerator: Any, local_rank: int) -> tuple[int, str, str | None]:
 
 
 def _mpi() -> Any:
-    """mpi4py's MPI, imported without initialising it: a library that does not fit the launcher would end the process."""
+    """mpi4py's MPI, not initialised on import: a library that does not fit the launcher would end the process."""
     import mpi4py
 
     mpi4py.rc.initialize = False
@@ -276,13 +276,17 @@ def _ask_mpi(info: RankInfo) -> tuple[RankInfo, Any]:
             f"of {comm.size}: several models would be trained, not one. {cure}"
         )
     node = comm.Split_type(mpi.COMM_TYPE_SHARED)
+    local_rank, local_size = node.rank, node.size
+    if info.local_rank is not None and info.local_size is not None and info.local_size > local_size:
+        # Seen with a PMIx of another version than Slurm's: MPI works, but takes every rank to be alone on its node
+        local_rank, local_size = info.local_rank, info.local_size
     address = info.master_addr or ("127.0.0.1" if node.size == comm.size else socket.gethostname())
     info = replace(
         info,
         rank=comm.rank,
         world_size=comm.size,
-        local_rank=node.rank,
-        local_size=node.size,
+        local_rank=local_rank,
+        local_size=local_size,
         master_addr=comm.bcast(address),
         evidence=f"mpi4py ({vendor}), started by {info.evidence}",
     )

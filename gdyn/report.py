@@ -159,7 +159,8 @@ header p { color: #52606d; margin: 6px 0 14px; }
 h2 { font-size: 20px; margin: 0 0 12px; }
 h3 { font-size: 15px; margin: 14px 0 4px; color: #52606d; }
 section { background: #fff; border: 1px solid #e4e7eb; border-radius: 10px; padding: 20px 24px; margin: 20px 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 20px 0; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin: 20px 0; }
+@media (max-width: 700px) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 .tile { background: #fff; border: 1px solid #e4e7eb; border-radius: 10px; padding: 14px 18px; }
 .tile span, .tile small { display: block; color: #52606d; font-size: 13px; }
 .tile b { font-size: 26px; font-weight: 600; }

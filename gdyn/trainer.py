@@ -70,8 +70,8 @@ class Trainer:
         self.journal, self.trained, self.seconds = journal, 0, 0.0
         while not self.plan.done(position) and not self._stopping():
             self._enter(position, checkpoint)
+            position = self._train_epoch(position, checkpoint)
             checkpoint = None
-            position = self._train_epoch(position)
         self._leave()
         return position
 
@@ -132,6 +132,7 @@ class Trainer:
         if change:
             log.warning("%s", change)
         self._check_seed(checkpoint)
+        self.store.recall_best(checkpoint)
         if self.plan.done(position):
             log.info("the run is finished (checkpoint %s); nothing to train, evaluating.", checkpoint.tag)
         else:
@@ -182,12 +183,12 @@ class Trainer:
         self.trains = self._trainable(model, phase)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in set(self.trains))
-        if checkpoint is None or checkpoint.record["trains"] == self.trains:
-            self._initialize(model, phase, checkpoint)
-        else:
-            # Another trainable set: the optimizer state of the phase before has no place to go.
+        if checkpoint is not None:
+            # Refuses another network's with a sentence, which DeepSpeed would not.
             load_weights(model, checkpoint.weights(), str(checkpoint.path))
-            self._initialize(model, phase, None)
+            if checkpoint.record["trains"] != self.trains:
+                checkpoint = None  # the optimizer state of another trainable set has no place to go
+        self._initialize(model, phase, checkpoint)
 
     def _initialize(self, model: nn.Module, phase: Phase, checkpoint: Checkpoint | None) -> None:
         import deepspeed
@@ -218,11 +219,11 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, position: Position) -> Position:
+    def _train_epoch(self, position: Position, checkpoint: Checkpoint | None) -> Position:
         """Train to the end of the epoch, validate and save; or, if a stop is requested, save at once. Returns what is next.
-        Every rank must call this."""
+        `checkpoint`: what this run has just resumed from. Every rank must call this."""
         phase, epoch = self.plan.phase(position), self.plan.global_epoch(position)
-        total, recent = Meter(self.here.device), Meter(self.here.device)
+        total, recent = self._meters(checkpoint)
         started = lapped = time.perf_counter()
         first_step = lap_step = position.step
         self.ds.train()
@@ -238,12 +239,12 @@ class Trainer:
                 self.journal.write(values, step=position.step, phase=phase.label, epoch=epoch, split="train")
                 total.absorb(recent)
                 recent, lapped, lap_step = Meter(self.here.device), now, position.step
-            if self._stopping():
-                self._save(position, {})
-                return position
             every = self.config.checkpointing.every_steps
-            if every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
-                self._save(position, {})
+            stopping = self._stopping()
+            if stopping or every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
+                self._save(position, meters=self.here.gather([total.sums_by_name(), recent.sums_by_name()]))
+            if stopping:
+                return position
         total.absorb(recent)
         train = total.means()
         self._refuse_nan(train, position)
@@ -273,6 +274,16 @@ class Trainer:
         self._report(report)
         return position
 
+    def _meters(self, checkpoint: Checkpoint | None) -> tuple[Meter, Meter]:
+        """Of the epoch and since the last line of metrics; with what they had counted before an interruption within the epoch."""
+        meters = Meter(self.here.device), Meter(self.here.device)
+        ranks = checkpoint.record.get("meters", []) if checkpoint is not None else []
+        # Rank by rank where that is possible, so that even the order of summation is as if nothing had happened.
+        for rank, sums in enumerate(ranks):
+            for meter, by_name in zip(meters, sums, strict=True):
+                meter.add_sums(by_name, counts=rank % self.here.world_size == self.here.rank)
+        return meters
+
     def _train_window(
         self, batches: list[Batch], phase: Phase, step: int, meter: Meter, measure: bool
     ) -> float | None:
@@ -301,18 +312,19 @@ class Trainer:
         phase = self.plan.phase(position)
         sign = 1 if self.engine.higher_is_better(phase.objective) else -1
         score = validation.get(phase.objective, math.nan)
-        best = self.store.best().get(phase.objective)
+        best = self.store.best()
+        before = best.get(phase.objective)
         # Per objective: the scales of different objectives cannot be compared.
-        improved = best is None or sign * score > sign * best["score"]
+        improved = math.isfinite(score) and (before is None or sign * score > sign * before["score"])
         improved = self.here.broadcast(improved)
         following = self.plan.after_epoch(position)
         epoch = self.plan.global_epoch(position) + 1
         due = epoch % self.config.checkpointing.every_epochs == 0 and not self.config.checkpointing.save_best_only
         if not (improved or due or following.phase > position.phase):
             return following, improved, ""
-        tag = self._save(following, validation, trained=phase)
-        if improved and self.here.main:
-            self.store.mark_best(phase.objective, {"tag": tag, "score": score, "epoch": epoch})
+        if improved:
+            best[phase.objective] = {"tag": self.plan.tag(following), "score": score, "epoch": epoch}
+        tag = self._save(following, validation=validation, best=best)
         if self.here.main:
             self.store.prune()
         self.here.barrier()
@@ -320,14 +332,15 @@ class Trainer:
 
     # -- small things -------------------------------------------------------------------------------------------------
 
-    def _save(self, position: Position, validation: dict[str, Any], trained: Phase | None = None) -> str:
+    def _save(self, position: Position, **facts: Any) -> str:
         """Every rank must call this."""
         facts = {
             "engine": type(self.engine).__name__,
             "seed": self.config.seed,
             "global_batch": self.loader.window_size,
             "trains": self.trains,
-            "validation": validation,
+            "best": self.store.best(),
+            **facts,
         }
         began = time.monotonic()
         tag = self.store.save(self.ds, self.plan, position, facts)

@@ -20,7 +20,9 @@ def parser() -> ArgumentParser:
     result = ArgumentParser(prog="gdyn analyze", description=__doc__)
     result.add_argument("run_dir", type=Path, help="folder of a training run")
     result.add_argument("--split", choices=["train", "validation", "test"], default="test", help="whose trajectories")
-    result.add_argument("--lags", type=PositiveInt, nargs="+", help="of the implied timescales, frames")
+    result.add_argument(
+        "--lags", type=PositiveInt, nargs="+", help="of the implied timescales, frames; default: about 20, log-spaced"
+    )
     result.add_argument("--checkpoint", default="best", help="best, latest, or a tag such as p1-vamp1-e0015")
     return result
 

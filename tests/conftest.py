@@ -13,10 +13,6 @@ for _name in os.environ.keys() - _environment.keys():
 os.environ.update(_environment)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", 'slow: seconds rather than milliseconds; skip with -m "not slow"')
-
-
 @pytest.fixture(scope="session")
 def run_ranks():
     """`harness.run_ranks` with its server warm, so that no test's time limit pays for imports."""

@@ -71,7 +71,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     function must be importable (module level); args and results picklable. Raises RanksFailed when a rank raises, dies
     or is not done within `timeout` seconds; after a first failure the others get 5 s to end by themselves.
     """
-    context, port = _server(), _free_port()
+    context, port = _server(), free_port()
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -84,8 +84,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         pipes.append(receiver)
     outcomes = _collect(pipes, timeout)
     for process, outcome in zip(processes, outcomes, strict=True):
-        if outcome is None:
-            process.kill()
+        process.join(10 if outcome else 0)
+        process.kill()
         process.join()
     errors, report = {}, ""
     for rank, outcome in enumerate(outcomes):
@@ -107,7 +107,7 @@ def warm_up() -> None:
 
 
 def launch(
-    command: Sequence[str | Path], timeout: float = 90, cwd: Path = REPOSITORY, **variables: str
+    command: Sequence[str | Path], timeout: float = 180, cwd: Path = REPOSITORY, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher with a clean environment plus `variables`, venv first on PATH; stdout and stderr are captured.
 
@@ -134,7 +134,7 @@ def launch(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

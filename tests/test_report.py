@@ -181,9 +181,9 @@ def test_engine_report_binds_a_run(run):
 
 
 def test_evaluate_scores_the_pooled_set_once_like_deeptime(run):
-    run.engine.report(run)
     result = evaluate(run, run.engine.test)
-    parts = [np.load(run.dir.predictions / f"test_{i}.npy").astype(np.float64)[..., :2] for i in (0, 1)]
+    trajectories = run.engine.trajectories(run.engine.test)
+    parts = [run.engine.predict(run, trajectory).astype(np.float64)[..., :2] for trajectory in trajectories]
     x, y = (np.concatenate([p[s].reshape(-1, 2) for p in parts]) for s in (slice(None, -3), slice(3, None)))
     model = VAMP(lagtime=3, epsilon=1e-14).fit_fetch((x, y))
     for name, key in (("vamp1", "VAMP1"), ("vamp2", "VAMP2"), ("vampe", "VAMPE")):

@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gdyn.collectives import sum_over_ranks
-from gdyn.engine import Dataset, Engine, Step
+from gdyn.engine import Dataset, Engine, Predictor, Step
 from gdyn.engines.vamp import score
 from gdyn.engines.vamp.frames import FramePairs, Trajectory
 from gdyn.engines.vamp.lobes import Lobe, Lobes, Norm
@@ -224,6 +224,16 @@ class Vamp(Engine):
                 frames = trajectory.frames(np.arange(start, min(start + batch_frames, len(trajectory))))
                 parts.append(run.model.lobe_0(system | frames).numpy())  # type: ignore[operator, union-attr]
         return np.concatenate(parts)
+
+    def evaluate(self, run: Run, sources: list[str]) -> dict[str, Any]:
+        from gdyn.engines.vamp.report import evaluate
+
+        return evaluate(run, sources)
+
+    def predictor(self, model: torch.nn.Module) -> Predictor:
+        from gdyn.engines.vamp.predictor import predictor
+
+        return predictor(model.lobe_0)  # type: ignore[arg-type]
 
     def report(self, run: Run, **options: Any) -> dict[str, Any]:
         from gdyn.engines.vamp.report import report  # matplotlib is not needed to train

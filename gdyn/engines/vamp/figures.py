@@ -114,12 +114,13 @@ def excerpt(p: NDArray[np.float32], kinetics: Kinetics, clock: Clock) -> Figure:
     """State probabilities of the target and stretch of one trajectory (F, n, k) in which the slowest process moves
     most."""
     target, start, length = _liveliest(p, kinetics)
-    edges = np.linspace(0, length, min(length, 1500) + 1, dtype=int)
-    means = np.add.reduceat(p[start : start + length, target], edges[:-1]) / np.diff(edges)[:, None]
+    stride = -(-length // 1000)  # finer than a pixel cannot be seen
+    frames = np.arange(start, start + length - stride + 1, stride)
+    means = np.mean([p[frames + i, target] for i in range(stride)], axis=0)
     figure = Figure(figsize=(9, 3.2))
     axes = figure.add_subplot()
     states = range(p.shape[-1])
-    at, names, tints = (start + edges[:-1]) * clock.frame_time, [f"state {i}" for i in states], map(colour, states)
+    at, names, tints = frames * clock.frame_time, [f"state {i}" for i in states], map(colour, states)
     axes.stackplot(at, means.T, colors=list(tints), labels=names, step="post", linewidth=0)
     axes.set(xlabel=f"time ({clock.unit})", ylabel="probability", ylim=(0, 1), xlim=(at[0], at[-1]))
     axes.set_title(f"target {target}")

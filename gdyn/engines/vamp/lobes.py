@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gdyn.engines.vamp.edges import attend_edges
 from gdyn.engines.vamp.frames import MAX_ATOM_TYPE
 from gdyn.nn.gaussians import expand_distances
 from gdyn.nn.norm import BatchNorm
@@ -49,15 +50,21 @@ class Convolution(nn.Module):
         """h_bna (B, N, A); nbr (B, C M) int, rows of h_bna.view(B N, A); gaussians (B, C, M, G). C centres: all N atoms in order,
         or those indexed by `centres` (C,). Returns (B, C, A)."""
         b, n, a = h_bna.shape
-        c, m, g = gaussians.shape[1:]
         own = h_bna if centres is None else h_bna[:, centres]
-        weight = torch.cat([self.core.weight, self.score.weight])
-        own_part = F.linear(own, weight[:, :a], torch.cat([self.core.bias, self.score.bias]))
-        nbr_part = F.embedding(nbr, F.linear(h_bna, weight[:, a : 2 * a]).view(b * n, a + 1)).view(b, c, m, a + 1)
-        z = F.linear(gaussians, weight[:, 2 * a :]) + nbr_part + own_part.unsqueeze(2)
-        core = F.relu(self.norm_edges(z[..., :a]))
-        attention = z[..., a:].softmax(2) / m
-        aggregate = (attention.transpose(2, 3) @ core).squeeze(2)
+        w_own, w_nbr, w_edge = self.core.weight.split([a, a, gaussians.shape[-1]], 1)
+        # What h_i adds to the scores is the same for all its edges and cancels in the softmax. So does the bias, which is
+        # kept in the sum because a parameter without a gradient would surprise DeepSpeed.
+        _, s_nbr, s_edge = self.score.weight[0].split([a, a, gaussians.shape[-1]])
+        aggregate = attend_edges(
+            nbr.reshape(-1),
+            gaussians,
+            F.linear(own, w_own, self.core.bias),
+            F.linear(h_bna, w_nbr).view(b * n, a),
+            F.linear(h_bna, s_nbr[None], self.score.bias).view(-1),
+            w_edge,
+            s_edge,
+            self.norm_edges,
+        )
         return F.relu(self.norm_atoms(aggregate) + own)
 
 

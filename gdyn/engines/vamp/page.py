@@ -90,7 +90,8 @@ def _states(k: Kinetics, clock: Clock) -> str:
         value, lower, upper = (bound[i] for bound in k.lifetimes)
         return f"{clock.number(value)} ({clock.between(lower, upper)})"
 
-    header = ["", "population, %", "stationary, %", f"lifetime −τ / ln K(i, i), {clock.unit}", f"mean stay, {clock.unit}"]
+    unit = clock.unit
+    header = ["", "population, %", "stationary, %", f"lifetime −τ / ln K(i, i), {unit}", f"mean stay, {unit}"]
     rows = [
         (f"state {i}", percent(k.populations, i), percent(k.stationary, i), life(i), clock.number(stay))
         for i, stay in enumerate(k.dwell_times)

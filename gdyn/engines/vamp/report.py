@@ -48,7 +48,9 @@ def report(
         "trajectories": sources,
         "scores": scores,
     }
-    return write(run.dir, predictions, engine.tau, Clock(engine.frame_time, engine.time_unit), origin, facts(run), lags)
+    return write(
+        run.dir, predictions, engine.tau, Clock(engine.frame_time, engine.time_unit), origin, how_made(run), lags
+    )
 
 
 def write(
@@ -106,19 +108,20 @@ def evaluate(run: Run, sources: Sequence[str]) -> dict[str, Any]:
     engine: Vamp = run.engine  # type: ignore[assignment]
     trajectories = engine.trajectories(list(sources))
     scores = pooled_scores(run, trajectories)
-    times = [None if time is None else time * engine.frame_time for time in scores.pop("timescales")]
+    frames = scores.pop("timescales")
+    times = [None if time is None else time * engine.frame_time for time in frames["values"]]
     return {
         "run": str(run.dir.path),
         "checkpoint": run.tag,
         "data": list(sources),
         "frames": sum(map(len, trajectories)),
         **scores,
-        "timescales": {"lag": engine.tau * engine.frame_time, "unit": engine.time_unit, "values": times},
+        "timescales": {"lag": frames["lag"] * engine.frame_time, "unit": engine.time_unit, "values": times},
     }
 
 
 def pooled_scores(run: Run, trajectories: Sequence[Trajectory], batch_pairs: int = 256) -> dict[str, Any]:
-    """`Vamp.pooled` of all pairs of frames of all trajectories, once. What is not finite becomes None."""
+    """`Vamp.pooled` of all pairs of frames of all trajectories, once."""
     engine: Vamp = run.engine  # type: ignore[assignment]
     pairs = FramePairs(trajectories, engine.tau)
     total = torch.zeros((), dtype=torch.float64)
@@ -126,7 +129,7 @@ def pooled_scores(run: Run, trajectories: Sequence[Trajectory], batch_pairs: int
         for start in range(0, len(pairs), batch_pairs):
             batch = pairs[np.arange(start, min(start + batch_pairs, len(pairs)))]
             total = total + score.moments(*engine._features(run.model(batch)))
-    return {name: _plain(np.array(value)) for name, value in engine.pooled(total).items()}
+    return engine.pooled(total)
 
 
 def summarize(kinetics: Kinetics, clock: Clock) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def summarize(kinetics: Kinetics, clock: Clock) -> dict[str, Any]:
     }
 
 
-def facts(run: Run) -> dict[str, Any]:
+def how_made(run: Run) -> dict[str, Any]:
     """How the run was made, for the page."""
     starts = read_json(run.dir.provenance_json) if run.dir.provenance_json.exists() else []
     last = starts[-1] if starts else {}

@@ -1,0 +1,103 @@
+"""Small real runs for tests: a run file as an object, and what one rank does with it."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdyn import ds_config
+from gdyn.checkpoints import CheckpointStore
+from gdyn.config import Checkpointing, Logging, Optimization, RunConfig
+from gdyn.engines.vamp.engine import Vamp
+from gdyn.metrics import read_metrics
+from gdyn.phases import Phase
+from gdyn.ranks import ALONE, RankContext
+from gdyn.recipes import bundled
+from gdyn.rundir import RunDir
+from gdyn.trainer import Trainer
+from tests.data import write_trajectory
+
+CLOCK = "samples_per_second"
+
+
+def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int] = (1, 1), **changes: Any) -> RunConfig:
+    """A run of 2 x 2 epochs of 4 steps on 48 pairs each, ready in a second. `split`: (ranks, micro-batches) that share them.
+
+    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of RunConfig, or of
+    Vamp, by name.
+    """
+    train, validation = folder / "train", folder / "validation"
+    if not train.exists():
+        write_trajectory(train, frames=200, targets=2)
+        write_trajectory(validation, frames=99, targets=2, seed=1)
+    sizes = {"tau": 2, "state_len": 3, "atom_fea_len": 8, "n_conv": 2, "num_gaussians": 8, "cutoff": 5.0}
+    in_engine = {field.name for field in dataclasses.fields(Vamp)}
+    sizes |= {name: changes.pop(name) for name in list(changes) if name in in_engine}
+    ranks, micro_batches = split
+    optimization = Optimization(48 // ranks // micro_batches, micro_batches, learning_rate=0.005)
+    given = {
+        "phases": [Phase("vamp2", 2), Phase("vamp_sym", 2)],
+        "optimization": optimization,
+        "checkpointing": Checkpointing(keep=20),
+        "logging": Logging(every_steps=1, progress="off"),
+    }
+    return RunConfig(
+        engine=Vamp(train=[str(train)], validation=[str(validation)], test=[str(validation)], **sizes),
+        deepspeed=str(bundled()[f"fp32_zero{stage}"]),
+        run_dir=str(folder / name),
+        **given | changes,
+    )
+
+
+class StopAfter:
+    """A stop request that comes due after so many windows of the run's first epoch."""
+
+    reason = "the test asked for it"
+
+    def __init__(self, windows: int | None):
+        self.asked, self.windows = -1, windows  # -1: the trainer also asks before the first window
+
+    def due(self, now: float, seconds_needed: float) -> bool:
+        self.asked += 1
+        return self.windows is not None and self.asked >= self.windows
+
+
+def train(here: RankContext, config: RunConfig, stop_after: int | None = None, kind: Callable[..., Trainer] = Trainer) -> Trainer:
+    """What launch/train.py does, without its logging and signals. Every rank must call this. Returns the trainer."""
+    run_dir = RunDir(Path(config.run_dir))
+    if here.main:
+        run_dir.create()
+        run_dir.run_yaml.write_text(config.to_yaml())
+    here.barrier()
+    trainer = kind(config, here, run_dir, ds_config.read(config.deepspeed), StopAfter(stop_after))
+    position = trainer.fit()
+    if trainer.plan.done(position):
+        trainer.finish(position)
+    else:
+        trainer.journal.close()
+    return trainer
+
+
+def run(here: RankContext, config: RunConfig, stop_after: int | None = None) -> None:
+    """`train` for `run_ranks`, whose results must be picklable."""
+    train(here, config, stop_after)
+
+
+def weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    return CheckpointStore(RunDir(Path(config.run_dir)).checkpoints, ALONE).whole()[0].weights()
+
+
+def metrics(config: RunConfig) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    records = read_metrics(RunDir(Path(config.run_dir)).metrics_jsonl)
+    return [{name: value for name, value in record.items() if name != CLOCK} for record in records]
+
+
+def summary(config: RunConfig) -> dict[str, Any]:
+    """summary.json without what a clock measured."""
+    content = json.loads(RunDir(Path(config.run_dir)).summary_json.read_text())
+    return {name: value for name, value in content.items() if name != CLOCK}
