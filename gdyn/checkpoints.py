@@ -2,12 +2,13 @@
 
     checkpoints/<tag>/...               what DeepSpeed writes, one part per rank
     checkpoints/<tag>/weights.safetensors   all weights in fp32, readable by anything, by any number of ranks
-    checkpoints/<tag>/position.json     written last: the next work, size and digest of every other file, the best so far
-    checkpoints/latest                  the newest whole tag; moved after position.json
-    checkpoints/best.json               per objective: tag and validation score; a copy of what the newest position.json says
+    checkpoints/<tag>/position.json     written last: the next work, size and digest of every other file, the best so
+    far checkpoints/latest                  the newest whole tag; moved after position.json
+    checkpoints/best.json               per objective: tag and validation score; a copy of what the newest position.json
+    says
 
-A tag without position.json is a save that was interrupted, and is ignored. DeepSpeed's own `latest` is not used: it can name a
-tag whose parts do not exist yet.
+A tag without position.json is a save that was interrupted, and is ignored. DeepSpeed's own `latest` is not used: it can
+name a tag whose parts do not exist yet.
 """
 
 from __future__ import annotations
@@ -81,12 +82,14 @@ class CheckpointStore:
     """Keep only the best and the latest."""
 
     def save(self, ds: DeepSpeedEngine, plan: Plan, position: Position, facts: dict[str, Any]) -> str:
-        """Save on all ranks; returns the tag. Every rank must call this. `facts` go into position.json; its "best" is what `best`
-        returns from now on."""
+        """Save on all ranks; returns the tag. Every rank must call this. `facts` go into position.json; its "best" is
+        what `best` returns from now on."""
         tag = plan.tag(position)
         folder = self.path / tag
-        if self.here.main and folder.exists():
-            _remove(folder)  # an interrupted save of the same position, or another branch's
+        if self.here.main:
+            # An interrupted save of the same position, or what was before the run went back to an older tag.
+            _remove(folder)
+            shutil.rmtree(_universal(folder), ignore_errors=True)
         self.here.barrier()
         # The version entry lets DeepSpeed's converter reshape the checkpoint for another number of ranks.
         universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
@@ -96,7 +99,10 @@ class CheckpointStore:
             save_file(weights, folder / WEIGHTS)
         self.here.barrier()
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = {str(path.relative_to(folder)): _describe(path, sync=True) for path in files[self.here.rank :: self.here.world_size]}
+        mine = {
+            str(path.relative_to(folder)): _describe(path, sync=True)
+            for path in files[self.here.rank :: self.here.world_size]
+        }
         described = {name: facts for part in self.here.gather(mine) for name, facts in part.items()}
         if self.here.main:
             record = {
@@ -136,7 +142,8 @@ class CheckpointStore:
         """Raises: MissingFile if `folder` is no whole checkpoint, UserError if it is damaged or another program's."""
         if not (folder / MARK).is_file():
             raise MissingFile(
-                f"{folder} is not a whole checkpoint of this program (no {MARK}); give a tag from the run's checkpoints folder."
+                f"{folder} is not a whole checkpoint of this program (no {MARK}); give a tag from the run's "
+                "checkpoints folder."
             )
         record = read_json(folder / MARK)
         try:
@@ -149,15 +156,16 @@ class CheckpointStore:
         return checkpoint
 
     def find(self, which: str) -> Checkpoint | None:
-        """The checkpoint to resume from: `auto` (the newest intact one, with a warning for every damaged one; None if the run has
-        no history), `never` (None), or a tag. Every rank must call this, and all get the same answer.
+        """The checkpoint to resume from: `auto` (the newest intact one, with a warning for every damaged one; None if
+        the run has no history), `never` (None), or a tag. Every rank must call this, and all get the same answer.
 
         Raises: UserError if the run has history and no intact checkpoint: nothing restarts from scratch unasked.
         """
         if which == "never":
             if self._has_history():
                 raise UserError(
-                    f"--resume never, but {self.path} already holds checkpoints; give another --run_dir or remove the folder."
+                    f"--resume never, but {self.path} already holds checkpoints; give another --run_dir or remove the "
+                    "folder."
                 )
             return None
         if which != "auto":
@@ -179,7 +187,8 @@ class CheckpointStore:
             self.here.barrier()
         if self._has_history():
             raise UserError(
-                f"every checkpoint in {self.path} is damaged (now named *.broken, or without a readable {MARK}); restore one, or "
+                f"every checkpoint in {self.path} is damaged (now named *.broken, or without a readable {MARK}); "
+                "restore one, or "
                 "start over in another --run_dir."
             )
         return None
@@ -188,8 +197,8 @@ class CheckpointStore:
         return any(self.path.glob(f"*/{MARK}"))
 
     def damage(self, checkpoint: Checkpoint) -> str:
-        """What is wrong with a checkpoint's files, empty if nothing is. Every rank must call this; the ranks share the reading and
-        agree on the answer."""
+        """What is wrong with a checkpoint's files, empty if nothing is. Every rank must call this; the ranks share the
+        reading and agree on the answer."""
         files: dict[str, dict[str, Any]] = checkpoint.record["files"]
         names = sorted(files)[self.here.rank :: self.here.world_size]
         found = [problem for name in names if (problem := _compare(checkpoint.path / name, files[name]))]
@@ -202,19 +211,20 @@ class CheckpointStore:
             raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path.parent / tag}.")
 
     def reshape(self, checkpoint: Checkpoint, zero_stage: int) -> tuple[str, bool]:
-        """(tag to load, whether it is DeepSpeed's universal format). Sharded optimizer states of another number of ranks are
-        converted once, by rank 0. Every rank must call this.
+        """(tag to load, whether it is DeepSpeed's universal format). Sharded optimizer states of another number of
+        ranks are converted once, by rank 0. Every rank must call this.
 
         Raises: UserError if the ZeRO stage changed, which no format supports.
         """
         if checkpoint.zero_stage != zero_stage:
             raise UserError(
-                f"checkpoint {checkpoint.tag} was written with ZeRO stage {checkpoint.zero_stage}, the DeepSpeed JSON now says "
+                f"checkpoint {checkpoint.tag} was written with ZeRO stage {checkpoint.zero_stage}, the DeepSpeed JSON "
+                "now says "
                 f"{zero_stage}; keep the stage, or start a new run with --init_from {checkpoint.path.parent.parent}."
             )
         if checkpoint.world_size == self.here.world_size or zero_stage == 0:
             return checkpoint.tag, False
-        universal = checkpoint.path.with_name(checkpoint.tag + ".universal")
+        universal = _universal(checkpoint.path)
         log.info("converting %s from %d to %d ranks.", checkpoint.tag, checkpoint.world_size, self.here.world_size)
         with self.here.together():
             if self.here.main and not universal.exists():
@@ -228,7 +238,8 @@ class CheckpointStore:
         return {objective: entry for objective, entry in best.items() if (self.path / entry["tag"] / MARK).is_file()}
 
     def recall_best(self, checkpoint: Checkpoint) -> None:
-        """Make `best` what it was when `checkpoint` was written, whatever was interrupted since. Every rank must call this."""
+        """Make `best` what it was when `checkpoint` was written, whatever was interrupted since. Every rank must call
+        this."""
         if self.here.main:
             write_json(self.path / "best.json", checkpoint.record["best"])
         self.here.barrier()
@@ -249,8 +260,8 @@ class CheckpointStore:
 
 
 def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All weights and buffers, unsharded, floating-point ones in fp32 (the optimizer's master copy), on the CPU. Every rank must
-    call this."""
+    """All weights and buffers, unsharded, floating-point ones in fp32 (the optimizer's master copy), on the CPU. Every
+    rank must call this."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param  # slow to import
 
@@ -272,8 +283,14 @@ def phases_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _remove(folder: Path) -> None:
     """The mark first, so that a removal that is interrupted leaves no checkpoint that looks whole."""
-    (folder / MARK).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    if folder.exists():
+        (folder / MARK).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _universal(folder: Path) -> Path:
+    """Where the conversion of a checkpoint for other numbers of ranks lies."""
+    return folder.with_name(folder.name + ".universal")
 
 
 def _set_aside(folder: Path) -> Path:
@@ -313,6 +330,8 @@ def _convert(source: Path, target: Path) -> None:
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{source} cannot be converted for another number of ranks: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(
+            f"{source} cannot be converted for another number of ranks: {done.stderr.strip().splitlines()[-1:]}"
+        )
     partial.rename(target)
     (source.parent / "latest_universal").unlink(missing_ok=True)

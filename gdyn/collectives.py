@@ -20,16 +20,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Sum over ranks in both directions: d(sum_r L_r)/dx where every rank's loss L_r depends on the reduced value. Every rank
-    must call forward and backward. If the ranks' losses add up to the objective, as `gdyn.engine.Step.loss` promises, the
-    gradient is exact."""
+    """Sum over ranks in both directions: d(sum_r L_r)/dx where every rank's loss L_r depends on the reduced value.
+    Every rank must call forward and backward. If the ranks' losses add up to the objective, as `gdyn.engine.Step.loss`
+    promises, the gradient is exact."""
 
     @staticmethod
     def forward(ctx: object, values: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(values)
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(gradient.contiguous())
 
 

@@ -1,7 +1,7 @@
 """RunConfig: everything a run file may say, and the parser that reads it.
 
-Precedence: command line > run file > values left "auto" in the DeepSpeed JSON. A value stated in two of them differently is an
-error that names both.
+Precedence: command line > run file > values left "auto" in the DeepSpeed JSON. A value stated in two of them
+differently is an error that names both.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class RunConfig:
     """After training, write weights and a stand-alone predictor as `gdyn export` does."""
 
     workers: NonNegativeInt = 0
-    """Processes per rank that read ahead; 0 reads in the training process, which is fastest for memory-mapped frames."""
+    """Processes per rank that read ahead; 0 reads in the training process, which is fastest for memory-mapped
+    frames."""
 
     wall_time: PositiveFloat | None = None
     """Seconds after which to stop with a checkpoint and exit code 75."""
@@ -144,7 +145,10 @@ class RunConfig:
         known = self.engine.objectives()
         for i, phase in enumerate(phases):
             if phase.objective not in known:
-                raise UserError(f'phases[{i}].objective is "{phase.objective}"; {type(self.engine).__name__} knows {", ".join(known)}.')
+                raise UserError(
+                    f'phases[{i}].objective is "{phase.objective}"; {type(self.engine).__name__} knows '
+                    f"{', '.join(known)}."
+                )
         return Plan(tuple(dataclasses.replace(phase, trains=tuple(phase.trains)) for phase in phases))
 
     @property
@@ -153,7 +157,6 @@ class RunConfig:
         flat = {"engine": type(self.engine).__name__, "deepspeed": self.deepspeed, "seed": self.seed}
         flat |= {f.name: getattr(self.engine, f.name) for f in dataclasses.fields(self.engine)}
         return flat | dataclasses.asdict(self.optimization)
-
 
     def to_dict(self) -> dict[str, Any]:
         """The run file in full, as plain values: every value that holds, with absolute paths."""
@@ -191,7 +194,9 @@ def make_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="The run file (YAML).")
-    parser.add_argument("--mode", choices=["train", "evaluate"], default="train", help="evaluate: score the best checkpoint.")
+    parser.add_argument(
+        "--mode", choices=["train", "evaluate"], default="train", help="evaluate: score the best checkpoint."
+    )
     parser.add_argument("--local_rank", type=int, help="Accepted because launchers pass it; the environment is used.")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
@@ -229,7 +234,8 @@ def load(path: Path) -> RunConfig:
 
 
 def _run_file_first(argv: list[str]) -> list[str]:
-    """The same arguments with the run file in front, because jsonargparse lets later ones win, wherever they come from."""
+    """The same arguments with the run file in front, because jsonargparse lets later ones win, wherever they come
+    from."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     front: list[str] = []
     while "--config" in words[:-1]:
@@ -249,7 +255,9 @@ def _refuse_list_items(argv: list[str]) -> None:
     for word in argv:
         # jsonargparse would silently change the last phase only
         if word.startswith("--phases."):
-            raise UserError(f"{word}: items of a list cannot be set from the command line; edit phases in the run file.")
+            raise UserError(
+                f"{word}: items of a list cannot be set from the command line; edit phases in the run file."
+            )
 
 
 def _explain(message: str) -> str:
@@ -258,10 +266,12 @@ def _explain(message: str) -> str:
     unknown = re.search(r"dot import path string: (\S+)|Import path (\S+)", message)
     if unknown and 'key "engine"' in message:
         return f'unknown engine "{unknown[1] or unknown[2]}"; known: {", ".join(sorted(engines))}.'
-    keys = [key for key in re.findall(r'Parser key "([^"]+)"', message)]
+    keys = re.findall(r'Parser key "([^"]+)"', message)
     lines = [line.strip() for line in message.strip().splitlines()]
     reason = next((line for line in reversed(lines) if not line.startswith(("Parser key", "Problem with"))), lines[-1])
-    stranger = re.search(r"(?:[Oo]ption '|option )([\w.]+)'? ?is not accepted|does not accept (?:nested key|option) '([\w.]+)'", reason)
+    stranger = re.search(
+        r"(?:[Oo]ption '|option )([\w.]+)'? ?is not accepted|does not accept (?:nested key|option) '([\w.]+)'", reason
+    )
     hint = ""
     if stranger:
         name = (stranger[1] or stranger[2]).split(".")[-1]

@@ -47,9 +47,10 @@ class Dataset(Protocol):
 class Step:
     """What one micro-batch contributes.
 
-    The objective of an optimizer step is the *sum* of `loss` over all micro-batches of all ranks in the window: a loss that is
-    a mean over samples divides by the samples of the whole window (`begin_window` can count them). The trainer undoes
-    DeepSpeed's averaging over ranks and micro-batches. That is why the same global batch gives the same gradient for any split.
+    The objective of an optimizer step is the *sum* of `loss` over all micro-batches of all ranks in the window: a loss
+    that is a mean over samples divides by the samples of the whole window (`begin_window` can count them). The trainer
+    undoes DeepSpeed's averaging over ranks and micro-batches. That is why the same global batch gives the same gradient
+    for any split.
     """
 
     loss: torch.Tensor
@@ -59,8 +60,8 @@ class Step:
     weight: float = 1.0
     """How many samples the metrics stand for."""
     statistics: torch.Tensor | None = None
-    """Detached numbers that add up over micro-batches and ranks; `Engine.pooled` turns their sum over a whole split into
-    scores that are no means."""
+    """Detached numbers that add up over micro-batches and ranks; `Engine.pooled` turns their sum over a whole split
+    into scores that are no means."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Engine(ABC):
-    """A model family. Its fields are its hyper-parameters: they are the run file's schema, the command line and the manual."""
+    """A model family. Its fields are its hyper-parameters: they are the run file's schema, the command line and the
+    manual."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -110,12 +112,13 @@ class Engine(ABC):
     def begin_window(
         self, model: nn.Module, batches: list[dict[str, torch.Tensor]], phase: Phase, here: RankContext
     ) -> Any:
-        """What `loss` needs to know of the whole window (all ranks x all micro-batches). Every rank calls this; validation calls
-        it for one batch with `here` a world of one."""
+        """What `loss` needs to know of the whole window (all ranks x all micro-batches). Every rank calls this;
+        validation calls it for one batch with `here` a world of one."""
         return None
 
     def pooled(self, statistics: torch.Tensor) -> dict[str, Any]:
-        """Scores of a whole split from the summed `Step.statistics`: each computed once, never a mean of batch scores."""
+        """Scores of a whole split from the summed `Step.statistics`: each computed once, never a mean of batch
+        scores."""
         return {}
 
     def notices(self, samples_per_window: int) -> list[str]:

@@ -1,4 +1,5 @@
-"""Scores of a whole split: the same loss as in training, one batch as its own window, and what only the whole set can say."""
+"""Scores of a whole split: the same loss as in training, one batch as its own window, and what only the whole set can
+say."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run files of the original GDyNet trainer, translated so that they train unmodified. Pure but for reading YAML.
 
-Original: sections model, data, training, optimization, checkpointing, wandb, output under a `model_type`; the command line
-`--config FILE --mode train|evaluate [--output DIR] [--resume CHECKPOINT]`.
+Original: sections model, data, training, optimization, checkpointing, wandb, output under a `model_type`; the command
+line `--config FILE --mode train|evaluate [--output DIR] [--resume CHECKPOINT]`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OBJECTIVES = {"vamp1": "vamp_sym", "vamp2": "vamp2"}
 
 
 def translate_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(arguments for our parser, notices) from arguments whose run file comes first. Anything but a GDyNet run file passes
-    through unchanged.
+    """(arguments for our parser, notices) from arguments whose run file comes first. Anything but a GDyNet run file
+    passes through unchanged.
 
     Raises: MissingFile, UserError naming file and key.
     """
@@ -45,7 +45,8 @@ def translate_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     translated = yaml.safe_dump(translate(content, source))
     rest = ["--run_dir" if word == "--output" else word.replace("--output=", "--run_dir=") for word in rest]
     notice = (
-        f'{source} is a GDyNet run file: translated; its phase "vamp1" is objective vamp_sym, and atoms are normalised one by one '
+        f'{source} is a GDyNet run file: translated; its phase "vamp1" is objective vamp_sym, and atoms are '
+        "normalised one by one "
         "(--engine.norm batch restores the original)."
     )
     return ["--config", translated, *rest], [notice]
@@ -66,7 +67,9 @@ def translate(old: dict[str, Any], source: str) -> dict[str, Any]:
     mixed = bool(optimization.get("mixed_precision"))
     splits = {"train": data["train_fnames"], "validation": data["val_fnames"], "test": data.get("test_fnames")}
     arguments = {split: paths for split, paths in splits.items() if paths}
-    arguments |= {"model_type": MODEL_TYPES[old["model_type"]]} | {key: model[key] for key in ENGINE_KEYS if key in model}
+    arguments |= {"model_type": MODEL_TYPES[old["model_type"]]} | {
+        key: model[key] for key in ENGINE_KEYS if key in model
+    }
     return {
         "engine": {"class_path": "Vamp", "init_args": arguments},
         "deepspeed": "bf16_zero0" if mixed else "fp32_zero0",

@@ -1,4 +1,5 @@
-"""A finished (or running) run, opened for use: engine, network with its best weights, folder. One process, no DeepSpeed."""
+"""A finished (or running) run, opened for use: engine, network with its best weights, folder. One process, no
+DeepSpeed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Run:
 def load_run(path: str | Path, checkpoint: str = "best") -> Run:
     """Open a run folder. `checkpoint`: best (of the last phase's objective), latest, or a tag.
 
-    Raises: MissingFile if there is no run or no such checkpoint; UserError if it is damaged or does not fit the run file.
+    Raises: MissingFile if there is no run or no such checkpoint; UserError if it is damaged or does not fit the run
+    file.
     """
     run_dir = RunDir(Path(path)).existing()
     config = run_config.load(run_dir.run_yaml)
@@ -93,4 +95,6 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(source)
     except SafetensorError as error:
-        raise UserError(f"init_from {source} is not a .safetensors file ({error}); export the other run's weights.") from None
+        raise UserError(
+            f"init_from {source} is not a .safetensors file ({error}); export the other run's weights."
+        ) from None

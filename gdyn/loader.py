@@ -1,7 +1,8 @@
 """Rank-sharded, seeded, resumable batches: whole windows for training, every sample exactly once for evaluation.
 
-The order of an epoch is a function of seed and epoch alone. Window w is the next `window_size` samples of that order, cut
-into micro-batches and dealt to the ranks, so the *set* of samples in a window does not depend on how many ranks share it.
+The order of an epoch is a function of seed and epoch alone. Window w is the next `window_size` samples of that order,
+cut into micro-batches and dealt to the ranks, so the *set* of samples in a window does not depend on how many ranks
+share it.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ class Loader:
         """Raises: UserError if the data set does not fill one window."""
         if len(self.dataset) < self.window_size:
             raise UserError(
-                f"the training set has {len(self.dataset)} samples, one optimizer step takes {self.window_size} (micro-batch "
-                f"{self.micro_batch} x accumulation {self.accumulation} x {self.here.world_size} ranks); lower the batch size or "
+                f"the training set has {len(self.dataset)} samples, one optimizer step takes {self.window_size} "
+                "(micro-batch "
+                f"{self.micro_batch} x accumulation {self.accumulation} x {self.here.world_size} ranks); lower the "
+                "batch size or "
                 "the number of ranks."
             )
 
@@ -83,8 +86,9 @@ class Loader:
             yield [next(batches) for _ in range(self.accumulation)]
 
     def shard(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's contiguous part of the data set, in order, nothing dropped and nothing twice. All ranks get the same number
-        of batches, as sharded models need; a rank that has run out gets a filler marked False, which must not count."""
+        """This rank's contiguous part of the data set, in order, nothing dropped and nothing twice. All ranks get the
+        same number of batches, as sharded models need; a rank that has run out gets a filler marked False, which must
+        not count."""
         n, world = len(self.dataset), self.here.world_size
         bounds = np.arange(world + 1) * n // world
         first, last = bounds[self.here.rank], bounds[self.here.rank + 1]
@@ -106,7 +110,7 @@ class Loader:
         return iter(
             DataLoader(
                 self.dataset,  # type: ignore[arg-type]
-                sampler=pieces,  # type: ignore[arg-type]
+                sampler=pieces,
                 batch_size=None,
                 num_workers=self.workers,
                 multiprocessing_context="forkserver",

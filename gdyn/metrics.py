@@ -1,4 +1,5 @@
-"""What a run measures and where it is written: Meter (device-side means), Journal (metrics.jsonl, TensorBoard, wandb)."""
+"""What a run measures and where it is written: Meter (device-side means), Journal (metrics.jsonl, TensorBoard,
+wandb)."""
 
 from __future__ import annotations
 
@@ -100,13 +101,16 @@ class Journal:
         self.wandb = _start_wandb(wandb, run_dir, hyper_parameters)
 
     def write(self, values: dict[str, Any], *, step: int, phase: str, epoch: int, split: str) -> None:
-        """One line of metrics.jsonl and one TensorBoard point per number, under `split/name`; train curves also per phase."""
+        """One line of metrics.jsonl and one TensorBoard point per number, under `split/name`; train curves also per
+        phase."""
         if not self.active:
             return
         record = {"step": step, "phase": phase, "epoch": epoch, "split": split, **values}
         self.file.write(json.dumps(record, default=float) + "\n")
         self.file.flush()
-        scalars = {name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+        scalars = {
+            name: value for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)
+        }
         for name, value in scalars.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
             if name == "loss":
@@ -157,7 +161,9 @@ def _start_wandb(options: Any, run_dir: RunDir, hyper_parameters: dict[str, Any]
     try:
         import wandb
     except ImportError:
-        log.warning('wandb.enabled is true but wandb is not installed (pip install "gdyn[wandb]"); continuing without it.')
+        log.warning(
+            'wandb.enabled is true but wandb is not installed (pip install "gdyn[wandb]"); continuing without it.'
+        )
         return None
     return wandb.init(
         project=options.project,

@@ -1,8 +1,8 @@
 """Phase, Plan, Position: what a run trains, in which order, and what is next. Pure arithmetic, standard library only.
 
 A `Position` names the *next* piece of work, so "epoch 45" never has to be interpreted: `Position(phase=1, epoch=15)`
-means that epoch 15 of phase 1 is about to run. Extending a schedule, resuming in the middle of a phase or of an epoch and
-resuming on another number of ranks are all the one question "what is next?", answered here.
+means that epoch 15 of phase 1 is about to run. Extending a schedule, resuming in the middle of a phase or of an epoch
+and resuming on another number of ranks are all the one question "what is next?", answered here.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Plan:
         return tag if position.sample == 0 else f"{tag}-s{position.step:08d}"
 
     def check_past(self, before: Sequence[dict[str, Any]], position: Position, allow_change: bool = False) -> str:
-        """Compare with the phases a checkpoint was trained under. Appended phases, and changes to phases not yet begun, are
-        welcome. Returns a sentence for the log (empty: nothing changed).
+        """Compare with the phases a checkpoint was trained under. Appended phases, and changes to phases not yet begun,
+        are welcome. Returns a sentence for the log (empty: nothing changed).
 
         Raises: UserError if a phase that is finished or under way has changed, unless `allow_change`.
         """
@@ -108,11 +108,14 @@ class Plan:
             i = changed[0]
             found = now[i] if i < len(now) else "nothing"
             raise UserError(
-                f"loss schedule mismatch: the checkpoint was trained with phase {i} = {dict(before[i])}, the run file now says "
+                f"loss schedule mismatch: the checkpoint was trained with phase {i} = {dict(before[i])}, the run file "
+                "now says "
                 f"{found}. Append phases to extend a run; restore the old phases, or pass --allow_schedule_change true."
             )
         if changed:
-            return f"the schedule of past phases {changed} differs from the checkpoint's; continuing with the run file's."
+            return (
+                f"the schedule of past phases {changed} differs from the checkpoint's; continuing with the run file's."
+            )
         if len(now) > len(before):
             return f"the schedule was extended from {len(before)} to {len(now)} phases."
         return ""

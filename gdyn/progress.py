@@ -49,7 +49,9 @@ class EpochReport:
 def bar(windows: Iterator[Any], total: int, done: int, label: str, style: Literal["auto", "on", "off"]) -> tqdm:
     """A progress bar over one epoch's windows; auto: none where standard error is no terminal."""
     hidden = {"auto": None, "on": False, "off": True}[style]
-    return tqdm(windows, total=total, initial=done, desc=label, unit="step", leave=False, disable=hidden, dynamic_ncols=True)
+    return tqdm(
+        windows, total=total, initial=done, desc=label, unit="step", leave=False, disable=hidden, dynamic_ncols=True
+    )
 
 
 def table_header(report: EpochReport) -> str:

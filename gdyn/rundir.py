@@ -17,8 +17,8 @@ from typing import Any
 from gdyn.errors import MissingFile, UserError
 
 DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
-"""Exit codes of every program: finished; unforeseen failure; the user can mend it; stopped early with a checkpoint, start
-me again."""
+"""Exit codes of every program: finished; unforeseen failure; the user can mend it; stopped early with a checkpoint,
+start me again."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -114,19 +114,25 @@ class RunDir:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); give another --run_dir.") from None
+            raise UserError(
+                f"run_dir {self.path} cannot be written ({error.strerror}); give another --run_dir."
+            ) from None
 
     def existing(self) -> RunDir:
         """Raises: MissingFile if no run was ever made here."""
         if not self.run_yaml.is_file():
-            raise MissingFile(f"{self.path} is not a run folder: it has no run.yaml; give the --run_dir of a training run.")
+            raise MissingFile(
+                f"{self.path} is not a run folder: it has no run.yaml; give the --run_dir of a training run."
+            )
         return self
 
     def write_status(self, code: int, reason: str) -> None:
         """The verdict in a file, because launchers lose exit codes. `state` is a word for scripts: done, failed,
         user_error, stopped."""
         state = {DONE: "done", FAILED: "failed", USER_ERROR: "user_error", STOPPED: "stopped"}[code]
-        write_json(self.status_json, {"exit_code": code, "state": state, "reason": reason, "time": time.strftime("%FT%T%z")})
+        write_json(
+            self.status_json, {"exit_code": code, "state": state, "reason": reason, "time": time.strftime("%FT%T%z")}
+        )
 
     def write_provenance(self, launch: Mapping[str, Any]) -> None:
         """Append how this start was made (commit, versions, host, launcher facts in `launch`) to the run's history."""
@@ -151,7 +157,9 @@ def git_commit() -> str:
 
     def git(*words: str) -> str:
         try:
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=5).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=5
+            ).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 

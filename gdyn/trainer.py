@@ -63,7 +63,8 @@ class Trainer:
     # -- the table of contents ----------------------------------------------------------------------------------------
 
     def fit(self) -> Position:
-        """Train what is left of the plan, or until a stop is requested; returns what is next. Every rank must call this."""
+        """Train what is left of the plan, or until a stop is requested; returns what is next. Every rank must call
+        this."""
         checkpoint = self.store.find(self.config.resume)
         position = self._begin(checkpoint)
         journal = Journal(self.run_dir, self.here.main, position.step, self.config.hyper_parameters, self.config.wandb)
@@ -76,21 +77,25 @@ class Trainer:
         return position
 
     def finish(self, position: Position) -> dict[str, Any]:
-        """Score the best checkpoint on validation and test, write summary.json and return it. Every rank must call this."""
+        """Score the best checkpoint on validation and test, write summary.json and return it. Every rank must call
+        this."""
         chosen = choose(self.store, self.config, "best")
         model = self.engine.model()
         load_weights(model, chosen.weights(), str(chosen.path))
         model.to(self.here.device).eval()
         phase = self.plan.phases[-1]
-        scores = {}
+        scores: dict[str, dict[str, Any]] = {}
         for split in ("validation", "test"):
             if split in self.datasets:
-                values, _ = evaluate(self.engine, model, self._whole(split), phase, self.here)
-                self.journal.write(values, step=position.step, phase=phase.label, epoch=self.plan.epochs, split=split)
-                scores[split] = values
+                scores[split], _ = evaluate(self.engine, model, self._whole(split), phase, self.here)
+        if "test" in scores:
+            # Validation is in the summary only: its lines are of the epochs, and stay unique when a finished run is resumed.
+            self.journal.write(
+                scores["test"], step=position.step, phase=phase.label, epoch=self.plan.epochs, split="test"
+            )
         for name, figure in self.engine.figures(scores).items() if self.here.main else ():
             self.journal.figure(name, figure, position.step)
-        summary = {
+        summary: dict[str, Any] = {
             "engine": type(self.engine).__name__,
             "world_size": self.here.world_size,
             "phases": [{"name": p.label, "objective": p.objective, "epochs": p.epochs} for p in self.plan.phases],
@@ -112,7 +117,8 @@ class Trainer:
         """Where to start, with the sentences that say so."""
         loader = self.loader
         log.info(
-            "global batch %d = micro-batch %d x accumulation %d x %d ranks; %d steps per epoch, %d of %d samples left over.",
+            "global batch %d = micro-batch %d x accumulation %d x %d ranks; %d steps per epoch, %d of %d samples left "
+            "over.",
             loader.window_size,
             loader.micro_batch,
             loader.accumulation,
@@ -151,7 +157,8 @@ class Trainer:
         position, record = checkpoint.position, checkpoint.record
         if position.sample and record["seed"] != self.config.seed:
             raise UserError(
-                f"checkpoint {checkpoint.tag} lies within an epoch whose order seed {record['seed']} gave; the run file says seed "
+                f"checkpoint {checkpoint.tag} lies within an epoch whose order seed {record['seed']} gave; the run "
+                "file says seed "
                 f"{self.config.seed}. Restore the seed, or resume from the end of an epoch."
             )
         if position.sample and record["global_batch"] != self.loader.window_size:
@@ -162,10 +169,14 @@ class Trainer:
             )
 
     def _enter(self, position: Position, checkpoint: Checkpoint | None) -> None:
-        """Make `ds` for the phase of `position`, unless the present one trains the same parameters. Every rank must call this."""
+        """Make `ds` for the phase of `position`, unless the present one trains the same parameters. Every rank must
+        call this."""
         phase = self.plan.phase(position)
-        if self.ds is None or position.epoch == 0 and position.sample == 0:
-            first, last = self.plan.global_epoch(position), self.plan.global_epoch(position) + phase.epochs - position.epoch - 1
+        if self.ds is None or (position.epoch == 0 and position.sample == 0):
+            first, last = (
+                self.plan.global_epoch(position),
+                self.plan.global_epoch(position) + phase.epochs - position.epoch - 1,
+            )
             log.info("phase %s: objective %s, epochs %d-%d.", phase.label, phase.objective, first, last)
             if self.config.logging.style == "gdynet":
                 log.info("%s", progress.gdynet_header(position.phase, phase))
@@ -213,15 +224,16 @@ class Trainer:
         chosen = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in phase.trains)]
         if not chosen:
             raise UserError(
-                f"phase {phase.label}: trains {list(phase.trains)} matches no parameter; the first are {', '.join(names[:3])}."
+                f"phase {phase.label}: trains {list(phase.trains)} matches no parameter; the first are "
+                f"{', '.join(names[:3])}."
             )
         return chosen
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
     def _train_epoch(self, position: Position, checkpoint: Checkpoint | None) -> Position:
-        """Train to the end of the epoch, validate and save; or, if a stop is requested, save at once. Returns what is next.
-        `checkpoint`: what this run has just resumed from. Every rank must call this."""
+        """Train to the end of the epoch, validate and save; or, if a stop is requested, save at once. Returns what is
+        next. `checkpoint`: what this run has just resumed from. Every rank must call this."""
         phase, epoch = self.plan.phase(position), self.plan.global_epoch(position)
         total, recent = self._meters(checkpoint)
         started = lapped = time.perf_counter()
@@ -241,7 +253,7 @@ class Trainer:
                 recent, lapped, lap_step = Meter(self.here.device), now, position.step
             every = self.config.checkpointing.every_steps
             stopping = self._stopping()
-            if stopping or every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
+            if stopping or (every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch):
                 self._save(position, meters=self.here.gather([total.sums_by_name(), recent.sums_by_name()]))
             if stopping:
                 return position
@@ -253,8 +265,7 @@ class Trainer:
         self.trained, self.seconds = self.trained + samples, self.seconds + seconds
         self.ds.eval()
         validation, last = evaluate(self.engine, self.ds, self._whole("validation"), phase, self.here)
-        facts = {"step": position.step, "phase": phase.label, "epoch": epoch}
-        self.journal.write(validation, split="validation", **facts)
+        self.journal.write(validation, step=position.step, phase=phase.label, epoch=epoch, split="validation")
         position, improved, tag = self._end_epoch(position, validation)
         report = progress.EpochReport(
             epoch=epoch + 1,
@@ -275,7 +286,8 @@ class Trainer:
         return position
 
     def _meters(self, checkpoint: Checkpoint | None) -> tuple[Meter, Meter]:
-        """Of the epoch and since the last line of metrics; with what they had counted before an interruption within the epoch."""
+        """Of the epoch and since the last line of metrics; with what they had counted before an interruption within the
+        epoch."""
         meters = Meter(self.here.device), Meter(self.here.device)
         ranks = checkpoint.record.get("meters", []) if checkpoint is not None else []
         # Rank by rank where that is possible, so that even the order of summation is as if nothing had happened.
@@ -284,11 +296,11 @@ class Trainer:
                 meter.add_sums(by_name, counts=rank % self.here.world_size == self.here.rank)
         return meters
 
-    def _train_window(
-        self, batches: list[Batch], phase: Phase, step: int, meter: Meter, measure: bool
-    ) -> float | None:
+    def _train_window(self, batches: list[Batch], phase: Phase, step: int, meter: Meter, measure: bool) -> float | None:
         """One optimizer step; returns the gradient norm before clipping if `measure`. Every rank must call this."""
-        batches = [{name: tensor.to(self.here.device, non_blocking=True) for name, tensor in b.items()} for b in batches]
+        batches = [
+            {name: tensor.to(self.here.device, non_blocking=True) for name, tensor in b.items()} for b in batches
+        ]
         # Randomness is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one would.
         torch.manual_seed(self.config.seed + 1_000_003 * step + 7_919 * self.here.rank)
         window = self.engine.begin_window(self.ds, batches, phase, self.here)
@@ -299,7 +311,9 @@ class Trainer:
             part = self.engine.loss(self.ds, batch, phase, window)
             self.ds.backward(part.loss * scale)
             if measure and i == len(batches) - 1 and self.ds.zero_optimization_stage() == 0:
-                norm = float(nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None]))
+                norm = float(
+                    nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None])
+                )
             self.ds.step()
             meter.add(part)
         if measure and self.ds.get_global_grad_norm() is not None:
@@ -307,8 +321,8 @@ class Trainer:
         return norm
 
     def _end_epoch(self, position: Position, validation: dict[str, Any]) -> tuple[Position, bool, str]:
-        """(what is next, whether the objective's best score improved, tag of the checkpoint if one was due). Every rank must call
-        this."""
+        """(what is next, whether the objective's best score improved, tag of the checkpoint if one was due). Every rank
+        must call this."""
         phase = self.plan.phase(position)
         sign = 1 if self.engine.higher_is_better(phase.objective) else -1
         score = validation.get(phase.objective, math.nan)
@@ -348,8 +362,8 @@ class Trainer:
         return tag
 
     def _stopping(self) -> bool:
-        """Whether any rank was asked to stop, or has just time enough left for a window and a checkpoint. Every rank must call
-        this: most launchers do not deliver a signal to all."""
+        """Whether any rank was asked to stop, or has just time enough left for a window and a checkpoint. Every rank
+        must call this: most launchers do not deliver a signal to all."""
         now = time.monotonic()
         # Twice the slowest so far: file systems have bad moments, and a lost checkpoint costs more than a short job.
         needed = 2 * (now - self.window_began + self.checkpoint_seconds)
@@ -383,7 +397,9 @@ class Trainer:
         label = f"epoch {epoch + 1}/{self.plan.epochs} {self.plan.phase(position).label}"
         done = position.sample // self.loader.window_size
         style = self.config.logging.progress if self.here.main else "off"
-        return progress.bar(self.loader.windows(epoch, position.sample), self.loader.windows_per_epoch, done, label, style)
+        return progress.bar(
+            self.loader.windows(epoch, position.sample), self.loader.windows_per_epoch, done, label, style
+        )
 
     def _learning_rate(self) -> float:
         return float(self.ds.get_lr()[0])
@@ -392,7 +408,8 @@ class Trainer:
         """The values are reduced, so all ranks agree. Raises: UserError with what usually helps."""
         if not math.isfinite(values.get("loss", 0.0)):
             raise UserError(
-                f"the loss is {values['loss']} at step {position.step}. Usual cures: a smaller learning_rate (halve it), a larger "
+                f"the loss is {values['loss']} at step {position.step}. Usual cures: a smaller learning_rate (halve "
+                "it), a larger "
                 "batch or epsilon, data without NaN. The checkpoints before this step are intact."
             )
 
@@ -400,8 +417,8 @@ class Trainer:
         self._release()
 
     def _release(self) -> None:
-        """Let go of `ds`. What `destroy` leaves behind (hooks on the module, references to the optimizer) would keep every
-        phase's engine alive."""
+        """Let go of `ds`. What `destroy` leaves behind (hooks on the module, references to the optimizer) would keep
+        every phase's engine alive."""
         if self.ds is None:
             return
         ds, self.ds = self.ds, None

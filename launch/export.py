@@ -1,6 +1,6 @@
 """Export: a run's weights and a predictor that needs neither this package nor DeepSpeed.
 
-    gdyn export RUN_DIR      writes RUN_DIR/export/{weights.safetensors, predictor.pt2, predictor.json}
+gdyn export RUN_DIR      writes RUN_DIR/export/{weights.safetensors, predictor.pt2, predictor.json}
 """
 
 from __future__ import annotations

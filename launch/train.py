@@ -1,6 +1,6 @@
 """Train: read the config, join the job, open the run folder, fit.
 
-    deepspeed launch/train.py --config run.yaml      (or python, torchrun, mpirun, srun; or `gdyn train`)
+deepspeed launch/train.py --config run.yaml      (or python, torchrun, mpirun, srun; or `gdyn train`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gdyn import cli, ranks, rundir
 from gdyn.rundir import RunDir
@@ -80,7 +80,9 @@ def fit(command: Command, run_dir: RunDir, here: ranks.RankContext) -> tuple[int
             if here.main:
                 rundir.write_text(run_dir.run_yaml, config.to_yaml())
                 rundir.write_json(run_dir.deepspeed_json, trainer.ds_json)
-                run_dir.write_provenance({"launcher": here.evidence, "world_size": here.world_size, "seed": config.seed})
+                run_dir.write_provenance(
+                    {"launcher": here.evidence, "world_size": here.world_size, "seed": config.seed}
+                )
         for sentence in [*command.notices, *cautions]:
             log.warning("%s", sentence)
         position = trainer.fit()

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 SWITCHING = 0.02
-"""Chance per frame that the target changes its site; the slow process decays with -1 / ln(1 - 2 SWITCHING) = 24.5 frames."""
+"""Chance per frame that the target changes its site; the slow process decays with -1 / ln(1 - 2 SWITCHING) = 24.5 "
+"frames."""
 
 
 def hidden_states(frames: int, seed: int = 0) -> np.ndarray:

@@ -65,11 +65,14 @@ class _Outcome:
     traceback: str = ""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60, join: bool = True
+) -> list[Any]:
     """Call function(here, *args) on `world_size` ranks of one torch.distributed job; return their results by rank.
 
     function must be importable (module level); args and results picklable. Raises RanksFailed when a rank raises, dies
     or is not done within `timeout` seconds; after a first failure the others get 5 s to end by themselves.
+    join=False: only the ranks' variables are set; function(*args) joins the job itself, as a program does.
     """
     context, port = _server(), free_port()
     processes, pipes = [], []
@@ -77,7 +80,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         receiver, sender = context.Pipe(duplex=False)
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
-        process = context.Process(target=_rank_main, args=(sender, variables, function, args))
+        process = context.Process(target=_rank_main, args=(sender, variables, function, args, join))
         process.start()
         sender.close()  # so that the pipe ends when the rank dies
         processes.append(process)
@@ -147,15 +150,18 @@ def _server() -> ForkServerContext:
 
 
 def _rank_main(
-    sender: Connection, variables: dict[str, str], function: Callable[..., Any], args: Sequence[Any]
+    sender: Connection, variables: dict[str, str], function: Callable[..., Any], args: Sequence[Any], join: bool
 ) -> None:
     """What one rank does. Runs in its own process."""
     os.environ.update(clean_environment(), **variables)
     from gdyn import ranks
 
     try:
-        with ranks.join(timeout_s=60) as here:
-            outcome = _Outcome(function(here, *args))
+        if join:
+            with ranks.join(timeout_s=60) as here:
+                outcome = _Outcome(function(here, *args))
+        else:
+            outcome = _Outcome(function(*args))
         payload = pickle.dumps(outcome)
     except BaseException as error:  # the parent raises it
         try:

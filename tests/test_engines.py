@@ -41,6 +41,10 @@ SMALL: dict[str, Callable[[Path], Engine]] = {
 """Of every engine at least one, small enough to train in a second, under a name that begins with the engine's."""
 
 
+OVERFITTED = {"Vamp": ("vamp2", -1.9)}
+"""Per engine an objective, and the loss that shows it has learned by heart. Vamp's 3 states can reach -2."""
+
+
 @pytest.fixture(params=SMALL)
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     return SMALL[request.param](tmp_path)
@@ -159,17 +163,17 @@ def test_every_objective_is_a_score_of_the_validation(engine: Engine, model: nn.
 
 
 def test_it_overfits_a_few_samples(engine: Engine, model: nn.Module) -> None:
-    """What a model and a loss that belong together can do. The bound: a perfect score is states - 1 = 2."""
-    phase, batch = Phase(engine.objectives()[1], 1), a_batch(engine, 8)
+    """As a model, a loss and a gradient that belong together can."""
+    objective, reached = OVERFITTED[type(engine).__name__]
+    phase, batch = Phase(objective, 1), engine.datasets()["train"][7 * np.arange(8)]
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(150):
+    for _ in range(200):
         loss = step_of(engine, model, batch, phase).loss
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
-    final = step_of(engine, model, batch, phase).metrics["loss"]
-    assert float(final) < -1.9
+    assert float(step_of(engine, model, batch, phase).metrics["loss"]) < reached
 
 
 def test_saved_weights_give_the_same_loss(engine: Engine, model: nn.Module, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from gdyn.collectives import differentiable_sum_over_ranks
 class BatchNorm(nn.Module):
     """Batch normalisation over all but the last dimension (..., features), synchronised over ranks on any device.
 
-    Running statistics move only where gradients are recorded, so that a no-grad pass over the same micro-batch (the first
-    half of an exact window) does not count twice. In training every rank must call it equally often.
+    Running statistics move only where gradients are recorded, so that a no-grad pass over the same micro-batch (the
+    first half of an exact window) does not count twice. In training every rank must call it equally often.
     """
 
     def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5):

@@ -23,8 +23,8 @@ def attend_edges(
 ) -> Tensor:
     """mean_j alpha_ij ReLU(norm(z_ij)) with z_ij = own_i + table_j + W e_ij and alpha = softmax_j(scores_j + w . e_ij).
 
-    nbr (B C M) int, rows of table (B N, A) and of scores (B N); edges (B, C, M, G), which get no gradient; own (B, C, A);
-    w_core (A, G); w_score (G). Returns (B, C, A).
+    nbr (B C M) int, rows of table (B N, A) and of scores (B N); edges (B, C, M, G), which get no gradient; own (B, C,
+    A); w_core (A, G); w_score (G). Returns (B, C, A).
     """
     # Autocast mixes types, which the fused form does not.
     if isinstance(norm, nn.LayerNorm) and not torch.is_autocast_enabled(own.device.type):
@@ -39,8 +39,8 @@ def attend_edges(
 
 
 class AttendedEdges(torch.autograd.Function):
-    """`attend_edges` for layer norm: the same numbers as the plain operations, a quarter faster. Of all edge tensors only z is
-    kept and the rest is recomputed in the backward pass; nothing is copied to another layout."""
+    """`attend_edges` for layer norm: the same numbers as the plain operations, a quarter faster. Of all edge tensors
+    only z is kept and the rest is recomputed in the backward pass; nothing is copied to another layout."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -69,7 +69,7 @@ class AttendedEdges(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         nbr, e, z, alpha, mean, rstd, table, w_core, gain, bias = ctx.saved_tensors
         m, a = z.shape[2:]
         grad = grad.unsqueeze(2)

@@ -31,7 +31,8 @@ Window = Callable[[Tensor], "tuple[score.Covariances, score.Slope, dict[str, Ten
 
 @dataclass(frozen=True)
 class Vamp(Engine):
-    """Graph dynamical networks (GDyNet, GDyNet-ferro) trained with VAMP objectives: vamp1, vamp2, vampe and vamp_sym."""
+    """Graph dynamical networks (GDyNet, GDyNet-ferro) trained with VAMP objectives: vamp1, vamp2, vampe and
+    vamp_sym."""
 
     train: list[str]
     """Trajectory directories to learn from (see the data format in gdyn/engines/vamp/README.md)."""
@@ -67,8 +68,8 @@ class Vamp(Engine):
     """Whether frames t and t + tau see two networks, which start equal, or one."""
 
     norm: Norm = "atom"
-    """Normalisation inside the lobes. atom: layer norm, exact under any split of the batch; batch: the original's, whose
-    statistics belong to one micro-batch (synchronised over ranks)."""
+    """Normalisation inside the lobes. atom: layer norm, exact under any split of the batch; batch: the original's,
+    whose statistics belong to one micro-batch (synchronised over ranks)."""
 
     epsilon: NonNegativeFloat = 1e-10
     """Threshold on eigenvalues when covariances are inverted."""
@@ -80,8 +81,8 @@ class Vamp(Engine):
     """Whether epsilon is in units of the largest eigenvalue or absolute, as in the original program."""
 
     covariance_scope: Literal["global", "local"] = "global"
-    """global: the objective is the score of all ranks x micro-batches; local: the mean of their separate scores, as others
-    do, which depends on the batch size per rank and is biased upwards."""
+    """global: the objective is the score of all ranks x micro-batches; local: the mean of their separate scores, as
+    others do, which depends on the batch size per rank and is biased upwards."""
 
     vamp_sym_gradient: Literal["legacy", "exact"] = "legacy"
     """legacy: the original's gradient of vamp_sym, whose cross term is doubled and which favours crisp states."""
@@ -116,7 +117,9 @@ class Vamp(Engine):
 
     def model(self) -> Lobes:
         if self.state_len < 2:
-            raise UserError(f"engine.state_len = {self.state_len}; probabilities of fewer than 2 states have no dynamics.")
+            raise UserError(
+                f"engine.state_len = {self.state_len}; probabilities of fewer than 2 states have no dynamics."
+            )
         if self.num_gaussians < 2:
             raise UserError(f"engine.num_gaussians = {self.num_gaussians}; at least 2 are needed to span 0..cutoff.")
         lobe = Lobe(
@@ -135,37 +138,41 @@ class Vamp(Engine):
         for split in ("train", "validation"):
             if not splits[split]:
                 raise UserError(f"engine.{split} names no trajectory; give at least one directory.")
-        return {
-            split: FramePairs(self.trajectories(sources), self.tau) for split, sources in splits.items() if sources
-        }
+        return {split: FramePairs(self.trajectories(sources), self.tau) for split, sources in splits.items() if sources}
 
     def notices(self, samples_per_window: int) -> list[str]:
         targets = len(self.trajectories(self.train)[0].target_index)
         rows, k = samples_per_window * targets, self.state_len
         if rows <= k:
             raise UserError(
-                f"{samples_per_window} frames per step x {targets} targets are {rows} rows for {k} states; the covariances need "
+                f"{samples_per_window} frames per step x {targets} targets are {rows} rows for {k} states; the "
+                "covariances need "
                 "more rows than states: raise the batch size or the accumulation."
             )
         notices = []
         if rows < 10 * k * k:
             notices.append(
-                f"{rows} rows per step are few for {k} states: scores of small batches are biased upwards; {10 * k * k} or more advised."
+                f"{rows} rows per step are few for {k} states: scores of small batches are biased upwards; "
+                f"{10 * k * k} or more advised."
             )
         if self.norm == "batch":
             notices.append(
-                "norm: batch normalises each micro-batch by its own statistics (over all ranks), so results depend on the "
+                "norm: batch normalises each micro-batch by its own statistics (over all ranks), so results depend on "
+                "the "
                 "micro-batch; norm: atom does not."
             )
         if self.covariance_scope == "local":
-            notices.append("covariance_scope: local scores every micro-batch on its own; results depend on how the batch is split.")
+            notices.append(
+                "covariance_scope: local scores every micro-batch on its own; results depend on how the batch is split."
+            )
         return notices
 
     def begin_window(
         self, model: torch.nn.Module, batches: list[dict[str, Tensor]], phase: Phase, here: RankContext
     ) -> Window:
-        """Every rank must call this. The window's statistics are the sum over ranks and micro-batches. With one micro-batch the
-        loss reduces its own, from its one forward pass; with more, a pass without gradients collects them first."""
+        """Every rank must call this. The window's statistics are the sum over ranks and micro-batches. With one
+        micro-batch the loss reduces its own, from its one forward pass; with more, a pass without gradients collects
+        them first."""
         if self.covariance_scope == "local":
             shares = here.world_size * len(batches)
             return lambda moments: self._slope(moments, phase, 1 / shares)
@@ -186,8 +193,9 @@ class Vamp(Engine):
         )
 
     def pooled(self, statistics: Tensor) -> dict[str, Any]:
-        """All scores, singular values, implied timescales (frames, slowest first) and the effective rank, from the summed
-        moments of a whole split. t_i = -tau / ln sigma_i, which for reversible dynamics is the relaxation time."""
+        """All scores, singular values, implied timescales (frames, slowest first) and the effective rank, from the
+        summed moments of a whole split. t_i = -tau / ln sigma_i, which for reversible dynamics is the relaxation
+        time."""
         covariances = score.covariances(statistics)
         values, rank = score.singular_values(covariances, self.inversion)
         sigma = values.clamp(0, 1).tolist()
@@ -208,7 +216,8 @@ class Vamp(Engine):
         time = "infinite" if slowest is None else f"{slowest * self.frame_time:.4g} {self.time_unit}"
         lag = f"{self.tau * self.frame_time:g} {self.time_unit}"
         return [
-            f"{split} VAMP-2       {scores['vamp2']:.4f} of at most {self.state_len - 1} (without the constant function), lag {lag}",
+            f"{split} VAMP-2       {scores['vamp2']:.4f} of at most {self.state_len - 1} (without the constant "
+            f"function), lag {lag}",
             f"slowest timescale {time}",
         ]
 
@@ -222,7 +231,7 @@ class Vamp(Engine):
         with torch.inference_mode():
             for start in range(0, len(trajectory), batch_frames):
                 frames = trajectory.frames(np.arange(start, min(start + batch_frames, len(trajectory))))
-                parts.append(run.model.lobe_0(system | frames).numpy())  # type: ignore[operator, union-attr]
+                parts.append(run.model.lobe_0(system | frames).numpy())  # type: ignore[operator]
         return np.concatenate(parts)
 
     def evaluate(self, run: Run, sources: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Nothing is unpickled. Legend: F frames, N atoms, n targets, M neighbours, B fram
 
 from __future__ import annotations
 
+import math
 import mmap
 import warnings
 from collections.abc import Sequence
@@ -24,9 +25,11 @@ import torch
 from gdyn.errors import MissingFile, UserError
 
 NAMES = ("atom_types.npy", "target_index.npy", "nbr_lists.npy", "nbr_dists.npy", "atom_directions.npy")
+PER_FRAME = {"nbr_lists": np.int32, "nbr_dists": np.float32, "atom_directions": np.float32}
+"""The last three as tensors of a batch."""
 MAX_ATOM_TYPE = 99
 CHECKED_BYTES = 64 << 20
-"""How much of a file is looked at before training; the rest is checked as it is read."""
+"""How much of a file is looked at before training; every other frame is checked when it is first read."""
 
 
 class Trajectory:
@@ -43,6 +46,7 @@ class Trajectory:
         self.atom_types = _integers(np.atleast_1d(np.array(arrays[0]).squeeze()), self.paths[0])
         self.target_index = _integers(np.atleast_1d(np.array(arrays[1]).squeeze()), self.paths[1])
         self.frame_arrays = arrays[2:]
+        self._seen = np.zeros(len(arrays[2]) if arrays[2].ndim else 0, bool)  # frames that have been checked
         self._bytes_touched = 0
         self._check()
 
@@ -58,12 +62,14 @@ class Trajectory:
 
         Raises: UserError naming the frame if a distance or direction is not finite or a neighbour is no atom.
         """
-        names = [path.stem for path in map(Path, NAMES[2 : 2 + len(self.frame_arrays)])]
-        kinds = (np.int32, np.float32, np.float32)
         batch = {}
-        for name, array, kind in zip(names, self.frame_arrays, kinds, strict=False):
-            batch[name] = torch.from_numpy(np.asarray(array[indices], dtype=kind))
-        self._check_frames(batch, indices)
+        for (name, kind), array in zip(PER_FRAME.items(), self.frame_arrays, strict=False):
+            # A view that is no memmap: those are slow to index.
+            batch[name] = torch.from_numpy(np.asarray(array)[indices].astype(kind, copy=False))
+        # Once is enough, and costs as much as the reading.
+        if not self._seen[indices].all():
+            self._check_frames(batch, indices)
+            self._seen[indices] = True
         self._forget(sum(tensor.nbytes for tensor in batch.values()))
         return batch
 
@@ -87,7 +93,8 @@ class Trajectory:
         if targets.max() >= n:
             worst = int(targets.argmax())
             raise UserError(
-                f"target_index[{worst}] = {targets[worst]} but the system has {n} atoms ({target_path}); indices start at 0."
+                f"target_index[{worst}] = {targets[worst]} but the system has {n} atoms ({target_path}); indices "
+                "start at 0."
             )
         if targets.min() < 0:
             raise UserError(f"target_index has the negative entry {targets.min()} ({target_path}); indices start at 0.")
@@ -96,19 +103,27 @@ class Trajectory:
             warnings.warn(f"{target_path} names {duplicates} targets more than once.", UserWarning, stacklevel=3)
         if nbr_lists.ndim != 3 or nbr_lists.shape != nbr_dists.shape:
             raise UserError(
-                f"nbr_lists {nbr_lists.shape} ({lists_path}) and nbr_dists {nbr_dists.shape} ({dists_path}) must have one "
+                f"nbr_lists {nbr_lists.shape} ({lists_path}) and nbr_dists {nbr_dists.shape} ({dists_path}) must have "
+                "one "
                 "shape (frames, atoms, neighbours)."
             )
         if nbr_lists.shape[1] != n:
-            raise UserError(f"nbr_lists {nbr_lists.shape} ({lists_path}) is for {nbr_lists.shape[1]} atoms, atom_types for {n}.")
+            raise UserError(
+                f"nbr_lists {nbr_lists.shape} ({lists_path}) is for {nbr_lists.shape[1]} atoms, atom_types for {n}."
+            )
         if not np.issubdtype(nbr_lists.dtype, np.integer):
-            raise UserError(f"{lists_path} holds {nbr_lists.dtype}; neighbour indices are integers (are the files in order?).")
+            raise UserError(
+                f"{lists_path} holds {nbr_lists.dtype}; neighbour indices are integers (are the files in order?)."
+            )
         for path, array in zip(self.paths[3:], self.frame_arrays[1:], strict=True):
             if not np.issubdtype(array.dtype, np.floating):
-                raise UserError(f"{path} holds {array.dtype}; floating-point numbers expected (are the files in order?).")
+                raise UserError(
+                    f"{path} holds {array.dtype}; floating-point numbers expected (are the files in order?)."
+                )
         if self.ferro and self.frame_arrays[2].shape != (len(self), n, 3):
             raise UserError(
-                f"atom_directions {self.frame_arrays[2].shape} ({self.paths[4]}) must be (frames, atoms, 3) = {(len(self), n, 3)}."
+                f"atom_directions {self.frame_arrays[2].shape} ({self.paths[4]}) must be (frames, atoms, 3) = "
+                f"{(len(self), n, 3)}."
             )
         if atoms.min() < 0 or atoms.max() > MAX_ATOM_TYPE:
             raise UserError(f"{types_path} holds {atoms.min()}..{atoms.max()}; atomic numbers are 0..{MAX_ATOM_TYPE}.")
@@ -120,10 +135,13 @@ class Trajectory:
 
     def _check_frames(self, batch: dict[str, torch.Tensor], indices: np.ndarray) -> None:
         lists, dists = batch["nbr_lists"], batch["nbr_dists"]
-        # One reduction each: a sum is finite only if every addend is.
-        if not torch.isfinite(dists.sum()) or dists.min() < 0:
+        # One pass over each; NaN is both the smallest and the largest.
+        nearest, farthest = torch.aminmax(dists)
+        if not 0 <= float(nearest) <= float(farthest) < math.inf:
             bad = indices[int((~(torch.isfinite(dists) & (dists >= 0))).any(-1).any(-1).int().argmax())]
-            raise UserError(f"frame {bad} of {self.paths[3]} has a distance that is negative or not finite; repair the frame.")
+            raise UserError(
+                f"frame {bad} of {self.paths[3]} has a distance that is negative or not finite; repair the frame."
+            )
         low, high = torch.aminmax(lists)
         if low < 0 or high >= len(self.atom_types):
             bad = indices[int(((lists < 0) | (lists >= len(self.atom_types))).any(-1).any(-1).int().argmax())]
@@ -132,7 +150,9 @@ class Trajectory:
                 f"{len(self.atom_types)} atoms; indices start at 0."
             )
         if self.ferro and not torch.isfinite(batch["atom_directions"].sum()):
-            raise UserError(f"{self.paths[4]} has a direction that is not finite in frames {indices.min()}..{indices.max()}.")
+            raise UserError(
+                f"{self.paths[4]} has a direction that is not finite in frames {indices.min()}..{indices.max()}."
+            )
 
 
 class FramePairs:
@@ -148,17 +168,20 @@ class FramePairs:
         for trajectory in trajectories:
             if len(trajectory) <= tau:
                 raise UserError(
-                    f"{trajectory.paths[2]} has {len(trajectory)} frames, tau is {tau}; a trajectory needs more than tau frames."
+                    f"{trajectory.paths[2]} has {len(trajectory)} frames, tau is {tau}; a trajectory needs more than "
+                    "tau frames."
                 )
             same_atoms = np.array_equal(trajectory.atom_types, first.atom_types)
             if not same_atoms or not np.array_equal(trajectory.target_index, first.target_index):
                 raise UserError(
-                    f"{trajectory.paths[0].parent} and {first.paths[0].parent} differ in atoms or targets; the trajectories "
+                    f"{trajectory.paths[0].parent} and {first.paths[0].parent} differ in atoms or targets; the "
+                    "trajectories "
                     "of one split must be of one system."
                 )
             if trajectory.frame_arrays[0].shape[2] != first.frame_arrays[0].shape[2]:
                 raise UserError(
-                    f"{trajectory.paths[2]} has {trajectory.frame_arrays[0].shape[2]} neighbours per atom, {first.paths[2]} has "
+                    f"{trajectory.paths[2]} has {trajectory.frame_arrays[0].shape[2]} neighbours per atom, "
+                    f"{first.paths[2]} has "
                     f"{first.frame_arrays[0].shape[2]}; prepare all trajectories of a split alike."
                 )
         self.trajectories = list(trajectories)
@@ -187,7 +210,8 @@ class FramePairs:
         halves = [{name: tensor.chunk(2) for name, tensor in part.items()} for part in parts]
         back = torch.from_numpy(np.argsort(order, kind="stable"))
         frames = {
-            name: torch.cat([torch.cat([half[name][side] for half in halves])[back] for side in (0, 1)]) for name in parts[0]
+            name: torch.cat([torch.cat([half[name][side] for half in halves])[back] for side in (0, 1)])
+            for name in parts[0]
         }
         return self.system | frames
 
@@ -202,7 +226,9 @@ def _paths(source: str | Path | Sequence[str | Path], ferro: bool) -> list[Path]
             raise MissingFile(f"{directory} is not a directory; give a trajectory directory with {', '.join(needed)}.")
         sources = [directory / name for name in needed]
     if len(sources) < len(needed):
-        raise UserError(f"{len(sources)} trajectory files given, {len(needed)} needed in the order {', '.join(needed)}.")
+        raise UserError(
+            f"{len(sources)} trajectory files given, {len(needed)} needed in the order {', '.join(needed)}."
+        )
     sources = sources[: len(needed)]
     missing = [str(path) for path in sources if not path.is_file()]
     if missing:
@@ -215,7 +241,9 @@ def _open(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a .npy array: {error}; write it anew with numpy.save, without pickles.") from None
+        raise UserError(
+            f"{path} cannot be read as a .npy array: {error}; write it anew with numpy.save, without pickles."
+        ) from None
 
 
 def _integers(values: np.ndarray, path: Path) -> np.ndarray:

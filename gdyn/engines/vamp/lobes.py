@@ -1,4 +1,5 @@
-"""The graph networks of GDyNet (Xie et al., Nat. Commun. 10 (2019) 2667): frames in, state probabilities of target atoms out.
+"""The graph networks of GDyNet (Xie et al., Nat. Commun. 10 (2019) 2667): frames in, state probabilities of target
+atoms out.
 
 Written with dense neighbour tensors: frames x atoms x neighbours, no graph objects and no scatter in the forward pass.
 W [h_i, h_j, e_ij] is computed as W1 h_i + (W2 h)_j + W3 e_ij, which needs a quarter of the multiplications.
@@ -47,13 +48,13 @@ class Convolution(nn.Module):
     def forward(
         self, h_bna: torch.Tensor, nbr: torch.Tensor, gaussians: torch.Tensor, centres: torch.Tensor | None
     ) -> torch.Tensor:
-        """h_bna (B, N, A); nbr (B, C M) int, rows of h_bna.view(B N, A); gaussians (B, C, M, G). C centres: all N atoms in order,
-        or those indexed by `centres` (C,). Returns (B, C, A)."""
+        """h_bna (B, N, A); nbr (B, C M) int, rows of h_bna.view(B N, A); gaussians (B, C, M, G). C centres: all N atoms
+        in order, or those indexed by `centres` (C,). Returns (B, C, A)."""
         b, n, a = h_bna.shape
         own = h_bna if centres is None else h_bna[:, centres]
         w_own, w_nbr, w_edge = self.core.weight.split([a, a, gaussians.shape[-1]], 1)
-        # What h_i adds to the scores is the same for all its edges and cancels in the softmax. So does the bias, which is
-        # kept in the sum because a parameter without a gradient would surprise DeepSpeed.
+        # What h_i adds to the scores is the same for all its edges and cancels in the softmax. So does the bias, which
+        # is kept in the sum because a parameter without a gradient would surprise DeepSpeed.
         _, s_nbr, s_edge = self.score.weight[0].split([a, a, gaussians.shape[-1]])
         aggregate = attend_edges(
             nbr.reshape(-1),
@@ -107,7 +108,8 @@ class Lobe(nn.Module):
 
 
 class Lobes(nn.Module):
-    """The two ends of a lag: lobe_0 sees frames t, lobe_t frames t + tau. They start equal; `shared` keeps them one network."""
+    """The two ends of a lag: lobe_0 sees frames t, lobe_t frames t + tau. They start equal; `shared` keeps them one
+    network."""
 
     def __init__(self, lobe: Lobe, shared: bool):
         super().__init__()
@@ -123,6 +125,7 @@ class Lobes(nn.Module):
             return first, second
         per_frame = {name for name in pairs if name not in ("atom_types", "target_index")}
         ends = [
-            {name: tensor.chunk(2)[side] if name in per_frame else tensor for name, tensor in pairs.items()} for side in (0, 1)
+            {name: tensor.chunk(2)[side] if name in per_frame else tensor for name, tensor in pairs.items()}
+            for side in (0, 1)
         ]
         return self.lobe_0(ends[0]), self.lobe_t(ends[1])

@@ -26,7 +26,7 @@ class Positional(nn.Module):
         self.lobe = lobe
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.lobe(dict(zip(INPUTS, tensors, strict=False)))  # type: ignore[no-any-return]
+        return self.lobe(dict(zip(INPUTS, tensors, strict=False)))
 
 
 def predictor(lobe: Lobe) -> Predictor:

@@ -1,11 +1,12 @@
 """VAMP scores and their gradients from additive statistics, in float64.
 
-A VAMP score depends on a batch only through sums over its rows. The sums of micro-batches and ranks add up to the sums of the
-global window, so score and gradient are those of the window, however it is split. References: Wu and Noé, J. Nonlinear Sci. 30
-(2020) 23 (VAMP-1, -2, -E); Mardt et al., Nat. Commun. 9 (2018) 5 (VAMPnets); Xie et al., Nat. Commun. 10 (2019) 2667 (GDyNet).
+A VAMP score depends on a batch only through sums over its rows. The sums of micro-batches and ranks add up to the sums
+of the global window, so score and gradient are those of the window, however it is split. References: Wu and Noé, J.
+Nonlinear Sci. 30 (2020) 23 (VAMP-1, -2, -E); Mardt et al., Nat. Commun. 9 (2018) 5 (VAMPnets); Xie et al., Nat. Commun.
+10 (2019) 2667 (GDyNet).
 
-Legend: x (N, d) features at t, y (N, d) at t + tau; C00, C0t, Ctt (d, d) their covariances with the mean removed, so that no
-score includes the constant singular function (deeptime adds 1 for it).
+Legend: x (N, d) features at t, y (N, d) at t + tau; C00, C0t, Ctt (d, d) their covariances with the mean removed, so
+that no score includes the constant singular function (deeptime adds 1 for it).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ Mode = Literal["trunc", "regularize", "clamp"]
 
 
 def simplex_basis(states: int, device: torch.device | None = None) -> Tensor:
-    """Orthonormal basis (k, k - 1) of the directions in which k probabilities that sum to one can vary, float64 (Helmert).
+    """Orthonormal basis (k, k - 1) of the directions in which k probabilities that sum to one can vary, float64
+    (Helmert).
 
-    Scores are invariant under the change of basis, and the exact null direction of C00, whose rounding noise would count
-    as a state, is gone: no score can exceed k - 1.
+    Scores are invariant under the change of basis, and the exact null direction of C00, whose rounding noise would
+    count as a state, is gone: no score can exceed k - 1.
     """
     column = torch.arange(1, states, dtype=torch.float64, device=device)
     row = torch.arange(states, dtype=torch.float64, device=device)[:, None]
@@ -69,14 +71,14 @@ def covariances(sums: Tensor) -> Covariances:
 
 @dataclass(frozen=True)
 class Inversion:
-    """How symmetric matrices are inverted: eigenvalues at or below the threshold are dropped (trunc), the threshold is added to
-    all (regularize), or they are raised to it (clamp)."""
+    """How symmetric matrices are inverted: eigenvalues at or below the threshold are dropped (trunc), the threshold is
+    added to all (regularize), or they are raised to it (clamp)."""
 
     mode: Mode = "trunc"
     epsilon: float = 1e-10
     relative: bool = True
-    """The threshold is epsilon times the largest eigenvalue; else epsilon itself, the original program's rule, which loses
-    the gradient of nearly collapsed states."""
+    """The threshold is epsilon times the largest eigenvalue; else epsilon itself, the original program's rule, which
+    loses the gradient of nearly collapsed states."""
 
     def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor, int]:
         """(inverse, inverse square root, rank above the threshold) of a symmetric matrix."""
@@ -114,8 +116,8 @@ def vamp1(c: Covariances, invert: Inversion) -> Slope:
 
 
 def vamp2(c: Covariances, invert: Inversion) -> Slope:
-    """Sum of the squared singular values, tr(C00^-1 C0t Ctt^-1 Ct0). The closed form of the gradient needs no derivative of
-    an eigen-decomposition, which is not finite for equal eigenvalues."""
+    """Sum of the squared singular values, tr(C00^-1 C0t Ctt^-1 Ct0). The closed form of the gradient needs no
+    derivative of an eigen-decomposition, which is not finite for equal eigenvalues."""
     a, _, _ = invert(c.c00)
     b, _, _ = invert(c.ctt)
     model = a @ c.c0t @ b
@@ -123,9 +125,9 @@ def vamp2(c: Covariances, invert: Inversion) -> Slope:
 
 
 def vampe(c: Covariances, invert: Inversion) -> Slope:
-    """VAMP-E, 2 tr(M' C0t) - tr(M' C00 M Ctt), of the Koopman model M = C00^-1 C0t Ctt^-1 estimated from the same statistics.
-    Without regularization it equals VAMP-2; with it, it is the honest one of the two. The gradient holds M, which is
-    optimal, fixed."""
+    """VAMP-E, 2 tr(M' C0t) - tr(M' C00 M Ctt), of the Koopman model M = C00^-1 C0t Ctt^-1 estimated from the same
+    statistics. Without regularization it equals VAMP-2; with it, it is the honest one of the two. The gradient holds M,
+    which is optimal, fixed."""
     a, _, _ = invert(c.c00)
     b, _, _ = invert(c.ctt)
     model = a @ c.c0t @ b
@@ -135,9 +137,9 @@ def vampe(c: Covariances, invert: Inversion) -> Slope:
 
 def vamp_sym(c: Covariances, invert: Inversion, legacy: bool = True) -> Slope:
     """GDyNet's symmetrised score: the sum of the singular values D of A^-1/2 C A^-1/2 = U D V', A = (C00 + Ctt)/2,
-    C = (C0t + Ct0)/2. With A regularized, 2 tr D - tr(U D U' A^-1/2 A A^-1/2), the number behind the original's printed loss
-    -score/(N k). `legacy` doubles the cross term of the gradient as the original program does: that is not the gradient of
-    any score, and rewards crisper states."""
+    C = (C0t + Ct0)/2. With A regularized, 2 tr D - tr(U D U' A^-1/2 A A^-1/2), the number behind the original's printed
+    loss -score/(N k). `legacy` doubles the cross term of the gradient as the original program does: that is not the
+    gradient of any score, and rewards crisper states."""
     mean = (c.c00 + c.ctt) / 2
     _, root, _ = invert(mean)
     u, sigma, v = _svd(root @ ((c.c0t + c.c0t.T) / 2) @ root)
@@ -172,8 +174,8 @@ def singular_values(c: Covariances, invert: Inversion) -> tuple[Tensor, int]:
 
 
 def share(slope: Slope, c: Covariances, x: Tensor, y: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to the rows x, y (n, d) is exactly that of the score of all N rows. The shares of all
-    rows add up. The means are constants here: their own gradient cancels in the sum over all rows."""
+    """A scalar whose gradient with respect to the rows x, y (n, d) is exactly that of the score of all N rows. The
+    shares of all rows add up. The means are constants here: their own gradient cancels in the sum over all rows."""
 
     def on_device(constant: Tensor) -> Tensor:
         return constant.to(x.device)

@@ -1,0 +1,158 @@
+"""Which samples, in which order, on which rank. Compared with sets and counts, and with the kernel's own memory "
+"count."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gdyn.engines.vamp.frames import FramePairs, Trajectory
+from gdyn.errors import UserError
+from gdyn.loader import Loader
+from gdyn.ranks import RankContext
+from tests.data import write_trajectory
+from tests.harness import REPOSITORY
+
+
+class Numbers:
+    """A data set whose samples are their own indices."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, indices):
+        return {"i": torch.from_numpy(np.asarray(indices))}
+
+
+def ranks(world, n=100, micro=3, accumulation=2, **options):
+    """The loaders of all ranks of a job."""
+    return [Loader(Numbers(n), micro, accumulation, RankContext(rank, world), **options) for rank in range(world)]
+
+
+def numbers(batches):
+    return [batch["i"].tolist() for batch in batches]
+
+
+def epoch_of(loaders, epoch=0, start=0):
+    """Windows of an epoch: for each, the sorted samples of all ranks and micro-batches."""
+    per_rank = [list(loader.windows(epoch, start)) for loader in loaders]
+    return [sorted(sum((sum(numbers(window), []) for window in windows), [])) for windows in zip(*per_rank, strict=True)]
+
+
+@pytest.mark.parametrize(("n", "world", "micro", "accumulation"), [(100, 1, 3, 2), (100, 4, 3, 2), (96, 2, 4, 3), (7, 3, 1, 2)])
+def test_an_epoch_is_whole_windows_with_every_sample_at_most_once(n, world, micro, accumulation):
+    loaders = ranks(world, n, micro, accumulation)
+    size = world * micro * accumulation
+    windows = epoch_of(loaders)
+    seen = sum(windows, [])
+    assert [len(window) for window in windows] == [size] * (n // size)
+    assert len(set(seen)) == len(seen) == n - n % size == n - loaders[0].remainder
+    assert all(len(window) == accumulation for window in loaders[0].windows(0))
+
+
+def test_the_remainder_of_an_epoch_is_trained_in_others():
+    loaders = ranks(1, n=11, micro=5, accumulation=2)
+    left_out = [set(range(11)) - set(sum(epoch_of(loaders, epoch), [])) for epoch in range(5)]
+    assert all(len(left) == 1 for left in left_out) and len(set.union(*left_out)) > 1
+
+
+def test_a_window_holds_the_same_samples_for_any_split_into_ranks_and_micro_batches():
+    reference = epoch_of(ranks(1, micro=12, accumulation=1), epoch=3)
+    for world, micro, accumulation in [(1, 3, 4), (2, 6, 1), (2, 3, 2), (4, 3, 1), (3, 2, 2), (12, 1, 1)]:
+        assert epoch_of(ranks(world, micro=micro, accumulation=accumulation), epoch=3) == reference
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return epoch_of(ranks(2, seed=seed), epoch)
+
+    assert order(1, 0) == order(1, 0)
+    assert len({str(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_an_epoch_continues_in_the_middle_also_on_another_number_of_ranks():
+    whole = epoch_of(ranks(2, micro=3, accumulation=2), epoch=5)
+    assert epoch_of(ranks(2, micro=3, accumulation=2), epoch=5, start=36) == whole[3:]
+    assert epoch_of(ranks(4, micro=3, accumulation=1), epoch=5, start=36) == whole[3:]
+
+
+def test_limit_and_overfit_windows():
+    assert len(epoch_of(ranks(2, limit_windows=2))) == 2
+    overfit = ranks(2, overfit_windows=1)
+    assert epoch_of(overfit, 0) == epoch_of(overfit, 1) and len(epoch_of(overfit)) == 1
+    assert epoch_of(ranks(2, limit_windows=2), 1) == epoch_of(ranks(2), 1)[:2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 17, 64, 100])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("micro", [1, 3, 64])
+def test_a_shard_covers_everything_once_and_all_ranks_get_as_many_batches(n, world, micro):
+    shards = [list(loader.shard()) for loader in ranks(world, n, micro)]
+    counted = [numbers(batch for batch, counts in shard if counts) for shard in shards]
+    assert sum((sum(batches, []) for batches in counted), []) == list(range(n))  # contiguous, in order, by rank
+    assert len({len(shard) for shard in shards}) == 1
+    assert all(0 < len(batch["i"]) <= micro for shard in shards for batch, _ in shard)
+
+
+def test_too_few_samples_for_one_window_is_a_clear_error():
+    with pytest.raises(UserError, match=r"11 samples, one optimizer step takes 12 \(micro-batch 3 x accumulation 2 x 2 ranks\)"):
+        ranks(2, n=11)[0].check()
+
+
+def test_pairs_of_several_trajectories_never_reach_across_their_ends(tmp_path):
+    lengths, tau = (30, 20, 25), 4
+    trajectories = [Trajectory(write_trajectory(tmp_path / f"{i}", frames=f, seed=i)) for i, f in enumerate(lengths)]
+    pairs = FramePairs(trajectories, tau)
+    stored = [np.load(tmp_path / f"{i}" / "nbr_dists.npy") for i in range(3)]
+    expected = [(d[t], d[t + tau]) for d in stored for t in range(len(d) - tau)]
+    assert len(pairs) == len(expected) == sum(lengths) - 3 * tau
+    shuffled = np.random.default_rng(0).permutation(len(pairs))
+    first, second = pairs[shuffled]["nbr_dists"].numpy().reshape(2, len(pairs), *stored[0].shape[1:])
+    assert np.array_equal(first, [expected[i][0] for i in shuffled])
+    assert np.array_equal(second, [expected[i][1] for i in shuffled])
+
+
+def test_worker_processes_give_the_same_batches(tmp_path):
+    pairs = FramePairs([Trajectory(write_trajectory(tmp_path / "a", frames=60))], tau=3)
+    alone = Loader(pairs, 8, 2, RankContext(), seed=4)
+    here, there = ([b for w in loader.windows(1, 16) for b in w] for loader in (alone, replace(alone, workers=1)))
+    assert len(here) == len(there) == 4
+    for one, other in zip(here, there, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+READ_EVERYTHING = """
+import json, sys
+import numpy as np
+from gdyn.engines.vamp.frames import Trajectory
+
+def resident():
+    # of this moment, unlike ru_maxrss
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+trajectory = Trajectory(sys.argv[1])
+before, peak = resident(), 0
+for start in range(0, len(trajectory), 500):
+    trajectory.frames(np.arange(start, min(start + 500, len(trajectory))))
+    peak = max(peak, resident())
+print(json.dumps([before, peak]))
+"""
+
+
+def test_resident_memory_does_not_grow_with_the_trajectory(tmp_path):
+    """Two arrays of 240 MB, sparse on disk, are read from end to end."""
+    folder, shape = write_trajectory(tmp_path / "long", frames=2, atoms=50), (60_000, 50, 20)
+    for name, kind in (("nbr_lists.npy", np.int32), ("nbr_dists.npy", np.float32)):
+        np.lib.format.open_memmap(folder / name, "w+", kind, shape)
+    command = [sys.executable, "-c", READ_EVERYTHING, folder]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    before, peak = json.loads(done.stdout)
+    assert peak - before < 150
