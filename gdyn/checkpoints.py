@@ -209,6 +209,11 @@ class CheckpointStore:
         loaded, _ = ds.load_checkpoint(str(checkpoint.path.parent), tag=tag)
         if loaded is None:
             raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path.parent / tag}.")
+        if ds.zero_optimization_stage() == 3:
+            # Loading leaves small parameters gathered. But that a module uses another one's parameter, as fused layers do,
+            # DeepSpeed only notices where it finds that sharded, in the first forward pass; later it fails ("tracing error").
+            for parameter in ds.module.parameters():
+                parameter.partition()
 
     def reshape(self, checkpoint: Checkpoint, zero_stage: int) -> tuple[str, bool]:
         """(tag to load, whether it is DeepSpeed's universal format). Sharded optimizer states of another number of

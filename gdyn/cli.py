@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ def guarded(program: Callable[[], int | None]) -> int:
     """Run a program; a user's mistake becomes one message on standard error and exit code 2, without a traceback."""
     try:
         return program() or rundir.DONE
+    except ArgumentError as error:
+        sys.stderr.write(f"gdyn: {' '.join(str(error).split())}; see --help.\n")
+        return rundir.USER_ERROR
     except (UserError, FileNotFoundError, PermissionError) as error:
         if not _repeats(error):
             sys.stderr.write(f"gdyn: {error}\n")
@@ -75,7 +79,7 @@ def start_logging(main: bool, verbose: bool = False) -> None:
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     # Its lines are about itself, several hundred a run.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def log_to(path: Path) -> None:

@@ -118,6 +118,9 @@ class RunConfig:
     logging: Logging = field(default_factory=Logging)
     wandb: Wandb = field(default_factory=Wandb)
 
+    report: bool = False
+    """After training, make the HTML report as `gdyn analyze` does."""
+
     export: bool = False
     """After training, write weights and a stand-alone predictor as `gdyn export` does."""
 
@@ -207,18 +210,21 @@ def parse(argv: list[str]) -> Command:
 
     Raises: UserError naming the key, for anything that is not understood.
     """
-    argv, notices = gdynet.translate_arguments(_run_file_first(argv))
-    _refuse_list_items(argv)
+    words = _run_file_first(argv)
+    run_file = Path(words[1]) if words[:1] == ["--config"] else None
+    words, notices = gdynet.translate_arguments(words)
+    _refuse_list_items(words)
     parser = make_parser()
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args(words)
         objects = parser.instantiate(values)
     except UserError:
         raise
     except Exception as error:  # jsonargparse raises many kinds; every one of them is about the user's input
-        raise UserError(_explain(str(error))) from None
+        raise UserError(_explain(str(error), words, run_file)) from None
     fields = {f.name: objects[f.name] for f in dataclasses.fields(RunConfig)}
-    fields["deepspeed"] = str(recipes.find_recipe(fields["deepspeed"], _folder(argv)))
+    # A DeepSpeed JSON may lie beside the run file.
+    fields["deepspeed"] = str(recipes.find_recipe(fields["deepspeed"], run_file and run_file.parent))
     fields["run_dir"] = str(Path(fields["run_dir"]).absolute())
     return Command(RunConfig(**fields), objects["mode"], notices)
 
@@ -245,12 +251,6 @@ def _run_file_first(argv: list[str]) -> list[str]:
     return front + words
 
 
-def _folder(argv: list[str]) -> Path | None:
-    """Of the run file, beside which a DeepSpeed JSON may lie."""
-    run_file = argv[1] if argv[:1] == ["--config"] else ""
-    return Path(run_file).parent if Path(run_file).is_file() else None
-
-
 def _refuse_list_items(argv: list[str]) -> None:
     for word in argv:
         # jsonargparse would silently change the last phase only
@@ -260,24 +260,41 @@ def _refuse_list_items(argv: list[str]) -> None:
             )
 
 
-def _explain(message: str) -> str:
-    """jsonargparse's nested message as one line, with the nearest known name for a misspelt one."""
+def _explain(message: str, argv: list[str], run_file: Path | None) -> str:
+    """jsonargparse's nested message as one line: where the key stands, what is wrong with it, and for a misspelt one
+    the nearest known name."""
     engines = {engine.__name__: engine for engine in Engine.__subclasses__()}
     unknown = re.search(r"dot import path string: (\S+)|Import path (\S+)", message)
-    if unknown and 'key "engine"' in message:
-        return f'unknown engine "{unknown[1] or unknown[2]}"; known: {", ".join(sorted(engines))}.'
+    lines = [line.strip(" -") for line in message.strip().splitlines()]
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    lines = [line.strip() for line in message.strip().splitlines()]
-    reason = next((line for line in reversed(lines) if not line.startswith(("Parser key", "Problem with"))), lines[-1])
-    stranger = re.search(
-        r"(?:[Oo]ption '|option )([\w.]+)'? ?is not accepted|does not accept (?:nested key|option) '([\w.]+)'", reason
-    )
-    hint = ""
-    if stranger:
-        name = (stranger[1] or stranger[2]).split(".")[-1]
-        known = [f.name for f in dataclasses.fields(RunConfig)]
-        for group in (Optimization, Checkpointing, Logging, Wandb, Phase, *engines.values()):
-            known += [f.name for f in dataclasses.fields(group)]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f' Did you mean "{near[0]}"?' if near else " See gdyn train --help and --engine.help Vamp."
-    return f"{'.'.join(keys)}: {reason.rstrip('.')}.{hint}" if keys else f"{reason.rstrip('.')}.{hint}"
+    # Of a union the first alternative is meant; the last is null.
+    reason = next(line for line in [*lines, lines[-1]] if line and not line.startswith(_FRAMEWORK))
+    if unknown and "engine" in keys:
+        reason = f'unknown engine "{unknown[1] or unknown[2]}"; known: {", ".join(sorted(engines))}'
+    elif reason.endswith("is abstract"):
+        reason = "the keys class_path and init_args are expected"
+    elif reason.endswith("no attribute 'keys'") or "must be a mapping" in reason:
+        reason = "a section is one value; keys and values are expected"
+    reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", reason))
+    given = re.search(r"Given value: (.{1,60})$", message)
+    stranger = re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: -*([\w.]+)", reason)
+    place = keys[:1] + ([stranger[1] or stranger[2]] if stranger else []) + re.findall(r"argument --(\w+)", reason)
+    typed = any(word.startswith(f"--{name}") for word in argv for name in place)
+    parts = [str(run_file)] if run_file and not typed else []
+    parts += [".".join(keys)] if keys else []
+    found = f" Found: {given[1]}." if given else ""
+    return ": ".join([*parts, reason.rstrip(".")]) + "." + found + _hint(stranger and place[-1], engines)
+
+
+_FRAMEWORK = ("Parser key", "Problem with", "Does not validate", "Subtypes", "Errors", "Expected a <class 'NoneType'>")
+
+
+def _hint(stranger: str | None, engines: dict[str, type[Engine]]) -> str:
+    """The name that an unknown key resembles, if there is one."""
+    if stranger is None:
+        return ""
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for group in (Optimization, Checkpointing, Logging, Wandb, Phase, *engines.values()):
+        known += [f.name for f in dataclasses.fields(group)]
+    near = difflib.get_close_matches(stranger.split(".")[-1], known, 1)
+    return f' Did you mean "{near[0]}"?' if near else " See gdyn train --help and --engine.help Vamp."

@@ -116,7 +116,7 @@ def _nearest(key: str, section: str, known: Section) -> str:
     lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(key.lower(), lower, n=1, cutoff=0.75)
     if close:
-        return f'; did you mean "{lower[close[0]]}"?'
+        return f'; did you mean "{lower[close[0]]}"'
     homes = [name or "the top level" for name, names in SECTIONS.items() if key in names and name != section]
     if homes:
         return f"; it belongs in {homes[0]}"

@@ -25,7 +25,7 @@ def evaluate(
     """
     meter = Meter(here.device)
     with torch.no_grad():
-        for batch, counts in loader.shard():
+        for batch, counts in here.each(loader.shard()):
             batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
             window = engine.begin_window(model, [batch], phase, ALONE)
             step = engine.loss(model, batch, phase, window)

@@ -40,7 +40,7 @@ def translate_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
         return argv, []
     source, rest = argv[1], argv[2:]
     content = _read(source)
-    if not isinstance(content, dict) or "model_type" not in content or "engine" in content:
+    if "model_type" not in content or "engine" in content:
         return argv, []
     translated = yaml.safe_dump(translate(content, source))
     rest = ["--run_dir" if word == "--output" else word.replace("--output=", "--run_dir=") for word in rest]
@@ -103,6 +103,8 @@ def _check(old: dict[str, Any], source: str) -> None:
             continue
         if section not in KNOWN:
             raise UserError(f'{source}: unknown section "{section}".{_nearest(section, list(KNOWN))}')
+        if not isinstance(content, dict | None):
+            raise UserError(f"{source}: {section} is {content!r}; keys and values expected.")
         for key in content or {}:
             if key not in KNOWN[section]:
                 raise UserError(f'{source}: unknown key "{section}.{key}".{_nearest(key, list(KNOWN[section]))}')
@@ -113,13 +115,19 @@ def _nearest(name: str, known: list[str]) -> str:
     return f' Did you mean "{near[0]}"?' if near else f" Known: {', '.join(known)}."
 
 
-def _read(source: str) -> Any:
+def _read(source: str) -> dict[str, Any]:
     path = Path(source)
     try:
+        if path.is_dir():
+            raise UserError(f"run file {source} is a folder; give the YAML file in it.")
         if not path.is_file():
             raise MissingFile(f"run file {source} does not exist.")
-        return yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError:
         raise UserError(f"{source} is not a text file; a run file is YAML.") from None
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{source} is {found}; a run file is YAML with keys and values, such as engine and run_dir.")
+    return content

@@ -106,13 +106,19 @@ class Loader:
     def _fetch(self, pieces: list[np.ndarray]) -> Iterator[Batch]:
         if not self.workers:
             return (self.dataset[piece] for piece in pieces)
-        # A forked child of a process that has initialised MPI may hang or crash.
-        return iter(
-            DataLoader(
-                self.dataset,  # type: ignore[arg-type]
-                sampler=pieces,
-                batch_size=None,
-                num_workers=self.workers,
-                multiprocessing_context="forkserver",
-            )
+        return self._fetch_ahead(pieces)
+
+    def _fetch_ahead(self, pieces: list[np.ndarray]) -> Iterator[Batch]:
+        batches = DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            sampler=pieces,
+            batch_size=None,
+            num_workers=self.workers,
+            # A forked child of a process that has initialised MPI may hang or crash.
+            multiprocessing_context="forkserver",
         )
+        try:
+            yield from batches
+        except UserError as error:
+            # DataLoader puts the worker's traceback around the message.
+            raise UserError(str(error).strip().rpartition(f"{UserError.__name__}: ")[2]) from None

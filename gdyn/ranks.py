@@ -11,23 +11,25 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gdyn.errors import UserError
 from gdyn.launchers import RankInfo, discover, number
-from gdyn.rendezvous import check_in, open_store
+from gdyn.rendezvous import all_failed, check_in, open_store
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
 __all__ = ["ALONE", "AgreedError", "RankContext", "RankInfo", "discover", "join"]
 
 log = logging.getLogger("gdyn")
+T = TypeVar("T")
 
 
 class AgreedError(UserError):
@@ -112,6 +114,25 @@ class RankContext:
                 raise AgreedError(f"[rank {rank}] {message}" if rank else message) from problem
 
 
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a rank cannot make its next one (UserError, OSError): then all raise, as in `together`. Every
+        rank must iterate, over equally many; making an item may not talk to other ranks."""
+        iterator = iter(items)
+        while True:
+            item, problem = None, None
+            try:
+                item = next(iterator, None)
+            except (UserError, OSError) as error:
+                problem = error
+            if self.any(problem is not None):
+                with self.together():
+                    if problem is not None:
+                        raise problem
+            if item is None:
+                return
+            yield item
+
+
 ALONE = RankContext()
 
 
@@ -121,7 +142,8 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
 
     timeout_s: how long a collective may wait for a rank. rendezvous_s: how long the ranks may take to arrive (default
     60, or GDYN_RENDEZVOUS_S); UserError if they do not. While inside, the variables DeepSpeed wants are set.
-    A block that ends with anything but AgreedError leaves nobody waiting: under MPI the whole job is aborted.
+    A UserError that every rank raises becomes one AgreedError. A block that ends with anything else but AgreedError
+    leaves nobody waiting: under MPI the whole job is aborted.
     """
     info, comm = discover(os.environ), None
     if rendezvous_s is None:
@@ -129,16 +151,19 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
     if info.mpi:
         # mpi4py before torch: Cray MPICH otherwise fails to choose its NICs (OLCF's PyTorch page)
         info, comm = _ask_mpi(info)
-    agreed = None
+    agreed: BaseException | None = None
     try:
-        with _enter(info, comm, timeout_s, rendezvous_s) as here:
+        with _enter(info, comm, timeout_s, rendezvous_s) as (here, store):
             log.info("%s", here.evidence)
             try:
                 yield here
             except BaseException as error:
-                if here.world_size > 1 and not isinstance(error, AgreedError):
-                    raise
                 agreed = error
+                if here.world_size > 1 and not isinstance(error, AgreedError):
+                    message = all_failed(store, here, str(error)) if isinstance(error, UserError) else None
+                    if message is None:
+                        raise
+                    agreed = AgreedError(message)
             here.barrier()  # a rank that leaves early can break the others' last messages
         if comm is not None:
             _mpi().Finalize()
@@ -152,7 +177,9 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
 
 
 @contextmanager
-def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> Iterator[RankContext]:
+def _enter(
+    info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float
+) -> "Iterator[tuple[RankContext, Store]]":
     """torch.distributed and DeepSpeed's wrapper around it, initialised; destroyed after a good end."""
     import deepspeed
     import torch
@@ -186,7 +213,7 @@ def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> 
         )
         local_size = info.local_size or here.gather(host).count(host)
         os.environ["LOCAL_SIZE"] = str(local_size)  # without it ZeRO-3 forks numactl in every step on CPU
-        yield replace(here, local_size=local_size)
+        yield replace(here, local_size=local_size), store
         deepspeed.comm.destroy_process_group()
 
 

@@ -12,6 +12,8 @@ from gdyn.launchers import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from gdyn.ranks import RankContext
+
 
 def open_store(info: RankInfo, comm: Any, timeout_s: float) -> "tuple[Store, RankInfo]":
     """A store that all ranks reach, and `info` with its address. Every rank must call this.
@@ -111,3 +113,22 @@ def check_in(store: "Store", info: RankInfo, device: str | None, timeout_s: floa
         if info.rank == 0:
             time.sleep(1)  # the store ends with this process: let the others read why
         raise UserError(problem)
+
+
+def all_failed(store: "Store", here: "RankContext", message: str, timeout_s: float = 3) -> str | None:
+    """Rank 0's message if every rank fails with one, within seconds; None if some rank still works. Every rank that
+    fails must call this."""
+    from torch.distributed import DistError
+
+    try:
+        if here.main:
+            store.set("gdyn/failure", message)
+        store.add("gdyn/failures", 1)
+        deadline = time.monotonic() + timeout_s
+        while store.add("gdyn/failures", 0) < here.world_size:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        return store.get("gdyn/failure").decode()
+    except DistError:  # the store ended with rank 0
+        return None

@@ -100,6 +100,10 @@ class RunDir:
         return self.path / "analysis"
 
     @property
+    def report_html(self) -> Path:
+        return self.analysis / "report.html"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 

@@ -69,7 +69,12 @@ class Trainer:
         position = self._begin(checkpoint)
         journal = Journal(self.run_dir, self.here.main, position.step, self.config.hyper_parameters, self.config.wandb)
         self.journal, self.trained, self.seconds = journal, 0, 0.0
-        while not self.plan.done(position) and not self._stopping():
+        self.saved = position
+        while not self.plan.done(position):
+            if self._stopping():
+                if position != self.saved:  # an epoch after which no checkpoint was due
+                    self._save(position)
+                break
             self._enter(position, checkpoint)
             position = self._train_epoch(position, checkpoint)
             checkpoint = None
@@ -89,7 +94,8 @@ class Trainer:
             if split in self.datasets:
                 scores[split], _ = evaluate(self.engine, model, self._whole(split), phase, self.here)
         if "test" in scores:
-            # Validation is in the summary only: its lines are of the epochs, and stay unique when a finished run is resumed.
+            # Validation is in the summary only: its lines are of the epochs, and stay unique when a finished run is
+            # resumed.
             self.journal.write(
                 scores["test"], step=position.step, phase=phase.label, epoch=self.plan.epochs, split="test"
             )
@@ -239,7 +245,7 @@ class Trainer:
         started = lapped = time.perf_counter()
         first_step = lap_step = position.step
         self.ds.train()
-        for batches in self._bar(position):
+        for batches in self.here.each(self._bar(position)):
             due = (position.step + 1) % self.config.logging.every_steps == 0
             gradient_norm = self._train_window(batches, phase, position.step, recent, due)
             position = self.plan.after_window(position, self.loader.window_size)
@@ -359,6 +365,7 @@ class Trainer:
         began = time.monotonic()
         tag = self.store.save(self.ds, self.plan, position, facts)
         self.checkpoint_seconds = max(self.checkpoint_seconds, time.monotonic() - began)
+        self.saved = position
         return tag
 
     def _stopping(self) -> bool:

@@ -17,7 +17,7 @@ from gdyn.report import number
 
 
 def parser() -> ArgumentParser:
-    result = ArgumentParser(prog="gdyn analyze", description=__doc__)
+    result = ArgumentParser(prog="gdyn analyze", description=__doc__, exit_on_error=False)
     result.add_argument("run_dir", type=Path, help="folder of a training run")
     result.add_argument("--split", choices=["train", "validation", "test"], default="test", help="whose trajectories")
     result.add_argument(
@@ -29,9 +29,9 @@ def parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 if the user can mend it."""
-    options = parser().parse_args(argv)
 
     def command() -> None:
+        options = parser().parse_args(argv)
         run = load_run(options.run_dir, options.checkpoint)
         print(outline(run.engine.report(run, split=options.split, lags=options.lags)))
 

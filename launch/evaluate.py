@@ -17,7 +17,7 @@ from gdyn.rundir import write_json
 
 
 def parser() -> ArgumentParser:
-    result = ArgumentParser(prog="gdyn evaluate", description=__doc__)
+    result = ArgumentParser(prog="gdyn evaluate", description=__doc__, exit_on_error=False)
     result.add_argument("run_dir", type=Path, help="folder of a training run")
     result.add_argument("--data", action="append", required=True, help="a data directory; repeat to pool several")
     result.add_argument("--json", type=Path, help="also write the result to this file")
@@ -27,9 +27,9 @@ def parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 if the user can mend it."""
-    options = parser().parse_args(argv)
 
     def command() -> None:
+        options = parser().parse_args(argv)
         run = load_run(options.run_dir, options.checkpoint)
         result = run.engine.evaluate(run, options.data)
         print(outline(result))

@@ -24,7 +24,7 @@ log = logging.getLogger("gdyn")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 user error."""
     cli.start_logging(True)
-    return cli.guarded(lambda: auto_cli(export, args=argv, prog="gdyn export"))
+    return cli.guarded(lambda: auto_cli(export, args=argv, prog="gdyn export", exit_on_error=False))
 
 
 def export(run_dir: str, checkpoint: str = "best", output: str | None = None) -> None:

@@ -10,9 +10,8 @@ import logging
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from gdyn.cli import guarded
 from gdyn.engines.vamp.prepare import Preparation, check, prepare
-from gdyn.errors import UserError
-from gdyn.rundir import DONE, USER_ERROR
 
 FLAGS = {
     "atom_labels": "give every atom a type of its own, 1..N, instead of its atomic number: for molecules",
@@ -23,16 +22,16 @@ FLAGS = {
 
 def parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    trajectories = ArgumentParser(description=Preparation.__doc__)
+    trajectories = ArgumentParser(description=Preparation.__doc__, exit_on_error=False)
     inputs = "one .npz, one file for ASE, or a topology and its trajectories"
     trajectories.add_argument("inputs", nargs="+", type=Path, help=inputs)
     trajectories.add_class_arguments(Preparation, skip={"inputs", *FLAGS}, as_group=False)
     for flag, meaning in FLAGS.items():
         trajectories.add_argument(f"--{flag}", action="store_true", help=meaning)
-    checking = ArgumentParser(description="Read a whole trajectory directory and say what it holds.")
+    checking = ArgumentParser(description="Read a whole directory and say what it holds.", exit_on_error=False)
     checking.add_argument("directory", type=Path, help="a trajectory directory")
     checking.add_argument("--ferro", action="store_true", help="atom directions must be there too")
-    result = ArgumentParser(prog="gdyn prepare", description=__doc__)
+    result = ArgumentParser(prog="gdyn prepare", description=__doc__, exit_on_error=False)
     commands = result.add_subcommands()
     commands.add_subcommand("trajectories", trajectories, help="molecular dynamics -> a trajectory directory for Vamp")
     commands.add_subcommand("check", checking, help="is a trajectory directory sound?")
@@ -40,20 +39,19 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    commands = parser()
-    options = commands.instantiate(commands.parse_args(argv))
+    """Returns the exit code: 0 done, 2 if the user can mend it."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("gdyn").setLevel(logging.INFO)
-    try:
+
+    def command() -> None:
+        commands = parser()
+        options = commands.instantiate(commands.parse_args(argv))
         if options.subcommand == "check":
             print(check(**vars(options.check)))
         else:
             prepare(Preparation(**vars(options.trajectories)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR
-    return DONE
+
+    return guarded(command)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ if __name__ == "__main__":
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdyn import cli, ranks, rundir
 from gdyn.rundir import RunDir
 
 if TYPE_CHECKING:
-    from gdyn.config import Command
+    from gdyn.config import Command, RunConfig
 
 log = logging.getLogger("gdyn")
 STARTED = time.monotonic()
@@ -43,11 +43,15 @@ def train(argv: list[str]) -> int:
         run_dir = RunDir(Path(command.config.run_dir))
         if command.mode == "train":
             with cli.verdict(run_dir, here) as verdict:
-                verdict.code, verdict.reason = fit(command, run_dir, here)
-            return verdict.code
-    from launch import analyze
+                verdict.code, verdict.reason, summary = fit(command, run_dir, here)
+    if command.mode == "evaluate":
+        from launch import analyze
 
-    return analyze.main([str(run_dir.path)])
+        return analyze.main([str(run_dir.path)])
+    # Out of the job: the other ranks need not wait for a report.
+    if here.main and summary:
+        conclude(command.config, run_dir, summary)
+    return verdict.code
 
 
 def _parse(argv: list[str]) -> Command:
@@ -56,8 +60,11 @@ def _parse(argv: list[str]) -> Command:
     return config.parse(argv)
 
 
-def fit(command: Command, run_dir: RunDir, here: ranks.RankContext) -> tuple[int, str]:
-    """Train and evaluate; the exit code and why. Every rank must call this. Raises: UserError on all ranks."""
+def fit(command: Command, run_dir: RunDir, here: ranks.RankContext) -> tuple[int, str, dict[str, Any]]:
+    """Train and evaluate: the exit code, why, and the summary of a finished run. Every rank must call this.
+
+    Raises: UserError on all ranks.
+    """
     from gdyn import ds_config, ds_machine
     from gdyn.signals import StopRequest
     from gdyn.trainer import Trainer
@@ -87,27 +94,34 @@ def fit(command: Command, run_dir: RunDir, here: ranks.RankContext) -> tuple[int
             log.warning("%s", sentence)
         position = trainer.fit()
         if not trainer.plan.done(position):
-            reason = f"stopped early: {stop.reason or 'another rank asked to'}; start again to continue at {trainer.plan.tag(position)}"
-            log.info("%s", reason)
+            why, tag = stop.reason or "another rank was asked to", trainer.plan.tag(position)
+            reason = f"stopped early ({why}); start again to continue at {tag}"
+            log.info("%s.", reason)
             trainer.journal.close()
-            return rundir.STOPPED, reason
-        summary = trainer.finish(position)
-    if config.export and here.main:
+            return rundir.STOPPED, reason, {}
+        return rundir.DONE, "finished", trainer.finish(position)
+
+
+def conclude(config: RunConfig, run_dir: RunDir, summary: dict[str, Any]) -> None:
+    """What is made of a finished run, and the lines a person wants to read."""
+    if config.export:
         from launch import export
 
         export.export(str(run_dir.path))
-    _say(trainer.engine.headline(summary), run_dir)
-    return rundir.DONE, "finished"
+    report = f"{run_dir.report_html} (made by: gdyn analyze {run_dir.path})"
+    if config.report:
+        from gdyn.inference import load_run
 
-
-def _say(headline: list[str], run_dir: RunDir) -> None:
+        split = "test" if "test" in summary else "validation"
+        config.engine.report(load_run(run_dir.path), split=split)
+        report = str(run_dir.report_html)
     rows = {
-        "report": f"gdyn analyze {run_dir.path}",
+        "report": report,
         "TensorBoard": f"tensorboard --logdir {run_dir.tensorboard}",
         "checkpoints": str(run_dir.checkpoints),
         "summary": str(run_dir.summary_json),
     }
-    for line in [*headline, *(f"{name:<17} {value}" for name, value in rows.items())]:
+    for line in [*config.engine.headline(summary), *(f"{name:<17} {value}" for name, value in rows.items())]:
         log.info("%s", line)
 
 

@@ -61,7 +61,9 @@ class Trial:
         """The files; returns the command line."""
         (self.folder / "ds.json").write_text(json.dumps(self.json))
         content = yaml.safe_dump(self.run) if self.run_file is None else self.run_file
-        (self.folder / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        for path in (self.folder / "run.yaml", self.folder / "runs" / "run.yaml"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return ["--config", str(self.config), *self.argv] if self.program == "train" else self.argv
 
     def save(self, name: str, array: Any) -> None:
@@ -74,6 +76,9 @@ class Trial:
         array = np.load(self.train / f"{name}.npy")
         array[index] = value
         self.save(name, array)
+
+    def swap_splits(self) -> None:
+        self.vamp.update(train=self.vamp["validation"], validation=self.vamp["train"])
 
     def rewrite(self, path: Path, change: Callable[[bytes], bytes]) -> None:
         path.write_bytes(change(path.read_bytes()))
@@ -94,8 +99,9 @@ def cases(**spoilt: tuple[Any, ...]) -> None:
 cases(
     run_file_missing=(lambda t: setattr(t, "config", Path("nowhere.yaml")), "nowhere.yaml", "does not exist"),
     run_file_is_a_folder=(lambda t: setattr(t, "config", t.train), "train", "is a folder"),
-    run_file_empty=(lambda t: setattr(t, "run_file", ""), "run.yaml", "empty"),
-    run_file_is_a_list=(lambda t: setattr(t, "run_file", "- 1\n- 2\n"), "run.yaml", "list"),
+    run_file_empty=(lambda t: setattr(t, "run_file", ""), "run.yaml", "is empty"),
+    section_is_a_number=(lambda t: t.run.update(optimization=3), "keys and values"),
+    run_file_is_a_list=(lambda t: setattr(t, "run_file", "- 1\n- 2\n"), "run.yaml", "is a list"),
     run_file_not_yaml=(lambda t: setattr(t, "run_file", "engine: [unclosed\nrun_dir: }"), "run.yaml", "not valid YAML"),
     run_file_binary=(lambda t: setattr(t, "run_file", bytes(range(128, 256))), "run.yaml", "not a text file"),
     key_unknown=(lambda t: t.run.update(lossschedule=[]), "lossschedule", 'Did you mean "loss_schedule"'),
@@ -113,7 +119,7 @@ cases(
             t.run.update(phases=[{"objective": "vamp2", "epoch": 1}]),
         ),
         "phases",
-        "epoch",
+        'Did you mean "epochs"',
     ),
     engine_misspelt=(lambda t: t.run["engine"].update(class_path="Vmap"), 'unknown engine "Vmap"', "known: Vamp"),
     engine_missing=(lambda t: t.run.pop("engine"), "engine"),
@@ -136,7 +142,7 @@ cases(
     ),
     phases_absent=(lambda t: (t.run.pop("loss_schedule"), t.run.pop("epochs")), "no phases", "loss_schedule"),
     epochs_absent=(lambda t: t.run.pop("epochs"), "loss_schedule needs epochs"),
-    epochs_zero=(lambda t: t.run.update(epochs=0), "epochs", "0"),
+    epochs_zero=(lambda t: t.run.update(epochs=0), "run.yaml: epochs", "Found: 0"),
     epochs_of_phase_zero=(lambda t: phases(t, epochs=0), r"phases\[0\].epochs = 0", "at least one"),
     trains_nothing=(lambda t: phases(t, trains=["encoder.*"]), "encoder", "matches no parameter", "lobe_0"),
     trains_empty=(lambda t: phases(t, trains=[]), r"phases\[0\].trains is empty"),
@@ -228,7 +234,8 @@ cases(
     no_frames=(
         lambda t: [t.change(n, lambda a: a[:0]) for n in ("nbr_lists", "nbr_dists")],
         "nbr_lists.npy",
-        "no frame",
+        r"\(0, 6, 4\)",
+        "a frame",
     ),
     no_neighbours=(
         lambda t: [t.change(n, lambda a: a[:, :, :0]) for n in ("nbr_lists", "nbr_dists")],
@@ -238,10 +245,20 @@ cases(
     distance_nan=(lambda t: t.put("nbr_dists", (0, 2, 1), np.nan), "frame 0 of .*nbr_dists.npy", "not finite"),
     distance_infinite=(lambda t: t.put("nbr_dists", (7, 2, 1), np.inf), "frame 7 of .*nbr_dists.npy", "not finite"),
     distance_negative=(lambda t: t.put("nbr_dists", (5, 2, 1), -1.0), "frame 5 of .*nbr_dists.npy", "negative"),
-    distance_nan_late=(lambda t: late(t, "nbr_dists", np.nan), "frame 40 of .*nbr_dists.npy", "not finite"),
+    distance_nan_late=(lambda t: late(t, "nbr_dists", np.nan), "frame 59 of .*nbr_dists.npy", "not finite"),
+    distance_nan_late_in_worker=(
+        lambda t: (late(t, "nbr_dists", np.nan), t.argv.extend(["--workers", "1"])),
+        "frame 59 of .*nbr_dists.npy",
+        "not finite",
+    ),
+    validation_nan_late=(
+        lambda t: (t.put("nbr_dists", (-1, 2, 1), np.nan), t.swap_splits(), setattr(t, "checked_bytes", 1)),
+        "frame 59 of .*train/nbr_dists.npy",
+        "not finite",
+    ),
     neighbour_out_of_range=(lambda t: t.put("nbr_lists", (3, 2, 1), 6), "frame 3 of .*nbr_lists.npy", "6 atoms"),
     neighbour_negative=(lambda t: t.put("nbr_lists", (3, 2, 1), -1), "frame 3 of .*nbr_lists.npy", "-1"),
-    neighbour_out_of_range_late=(lambda t: late(t, "nbr_lists", 99), "frame 40 of .*nbr_lists.npy", "99"),
+    neighbour_out_of_range_late=(lambda t: late(t, "nbr_lists", 99), "frame 59 of .*nbr_lists.npy", "99"),
     target_out_of_range=(lambda t: t.save("target_index", [0, 6]), r"target_index\[1\] = 6", "6 atoms"),
     target_negative=(lambda t: t.save("target_index", [0, -1]), "target_index", "-1"),
     target_empty=(lambda t: t.save("target_index", np.zeros(0, int)), "target_index.npy", "no target"),
@@ -284,9 +301,10 @@ def files(t: Trial) -> list[str]:
 
 
 def late(t: Trial, name: str, value: float) -> None:
-    """A frame beyond those that are looked at before training."""
-    t.put(name, (40, 2, 1), value)
+    """The last frame, beyond those that are looked at before training: one rank of two meets it, in one of its samples."""
+    t.put(name, (-1, 2, 1), value)
     t.checked_bytes = 1
+    t.json["train_micro_batch_size_per_gpu"] = 29
 
 
 def directions(t: Trial, array: np.ndarray) -> None:
@@ -408,9 +426,19 @@ def gdynet(t: Trial, **changes: Any) -> None:
 # What only one rank sees; alone it sees nothing wrong.
 cases(
     apart_data=(lambda t: apart(t, lambda: t.vamp.update(train=["train"])), r"\[rank 1\]", "elsewhere/train"),
-    apart_recipe=(lambda t: apart(t, lambda: t.run.update(deepspeed="./ds.json")), r"\[rank 1\]", "ds.json"),
+    apart_recipe=(
+        lambda t: apart(t, lambda: t.argv.extend(["--deepspeed", json_nearby(t)])),
+        r"\[rank 1\]",
+        "here.json",
+    ),
     apart_run_file=(lambda t: apart(t, lambda: setattr(t, "config", Path("run.yaml"))), r"\[rank 1\]", "run.yaml"),
 )
+
+
+def json_nearby(t: Trial) -> str:
+    """In rank 0's folder, but not beside the run file."""
+    t.config = t.folder / "runs" / "run.yaml"
+    return Path(write(t, "here.json", json.dumps(t.json))).name
 
 
 def apart(t: Trial, spoil: Callable[[], Any]) -> None:

@@ -39,6 +39,7 @@ _PRELOAD = [
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
     "torch.utils.tensorboard",
+    "gdyn.trainer",
 ]
 
 

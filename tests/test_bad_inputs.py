@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path

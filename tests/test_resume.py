@@ -61,6 +61,11 @@ def assert_same(found, expected):
     assert runs.summary(found) == runs.summary(expected)
 
 
+def determined(weights):
+    """Without the biases that cancel in a softmax: their gradient is rounding noise, which Adam makes steps of full size from."""
+    return [weight for name, weight in weights.items() if not name.endswith("score.bias")]
+
+
 def steps(config):
     """Optimizer steps of every checkpoint, newest first."""
     return [json.loads(path.read_text())["position"]["step"] for path in newest_first(config)]
@@ -105,7 +110,7 @@ def test_another_number_of_ranks_continues_within_1e_5(run_ranks, uninterrupted,
         sizes = runs.small_run(tmp_path, "", split=split).optimization
         config = as_new(runs.small_run(tmp_path, "", stage=stage), tmp_path, optimization=sizes)
         run_ranks(split[0], runs.run, config, stop_after)
-    one, other = (torch.cat([w.flatten() for w in runs.weights(c).values()]) for c in (config, expected))
+    one, other = (torch.cat([w.flatten() for w in determined(runs.weights(c))]) for c in (config, expected))
     assert float((one - other).norm() / other.norm()) <= 1e-5
     found, reference = runs.metrics(config), runs.metrics(expected)
     assert [r["step"] for r in found] == [r["step"] for r in reference]

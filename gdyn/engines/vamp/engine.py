@@ -234,6 +234,11 @@ class Vamp(Engine):
                 parts.append(run.model.lobe_0(system | frames).numpy())  # type: ignore[operator]
         return np.concatenate(parts)
 
+    def figures(self, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        from gdyn.engines.vamp.figures import singular_values
+
+        return {"singular values": singular_values({split: of["singular_values"] for split, of in scores.items()})}
+
     def evaluate(self, run: Run, sources: list[str]) -> dict[str, Any]:
         from gdyn.engines.vamp.report import evaluate
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gdyn.engines.vamp.clock import Clock
@@ -143,3 +144,17 @@ def _bars(band: Band) -> Array:
     """Lengths below and above the value, as errorbar wants them: (2, ...)."""
     value, lower, upper = band
     return np.maximum(np.nan_to_num([value - lower, upper - value]), 0)
+
+
+@styled
+def singular_values(of_splits: dict[str, list[float]]) -> Figure:
+    """Singular values of the whitened Koopman matrix of each split, largest first: how much of each process is left
+    after the lag."""
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.add_subplot()
+    for i, (split, values) in enumerate(of_splits.items()):
+        axes.plot(np.arange(1, len(values) + 1), values, "o-", color=colour(i), label=split)
+    axes.set(xlabel="process", ylabel="singular value", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure

@@ -46,9 +46,13 @@ class Trajectory:
         self.atom_types = _integers(np.atleast_1d(np.array(arrays[0]).squeeze()), self.paths[0])
         self.target_index = _integers(np.atleast_1d(np.array(arrays[1]).squeeze()), self.paths[1])
         self.frame_arrays = arrays[2:]
-        self._seen = np.zeros(len(arrays[2]) if arrays[2].ndim else 0, bool)  # frames that have been checked
+        self._seen = np.zeros(arrays[2].shape[:1], bool)  # frames that have been checked
         self._bytes_touched = 0
         self._check()
+
+    def __reduce__(self) -> tuple[type[Trajectory], tuple[list[Path], bool]]:
+        """A worker process maps the files itself; a pickled memory map is a copy of the whole file."""
+        return Trajectory, (self.paths, self.ferro)
 
     def __len__(self) -> int:
         return len(self.frame_arrays[0])
@@ -127,8 +131,8 @@ class Trajectory:
             )
         if atoms.min() < 0 or atoms.max() > MAX_ATOM_TYPE:
             raise UserError(f"{types_path} holds {atoms.min()}..{atoms.max()}; atomic numbers are 0..{MAX_ATOM_TYPE}.")
-        if not len(self):
-            raise UserError(f"{lists_path} holds no frame.")
+        if not len(self) or not nbr_lists.shape[2]:
+            raise UserError(f"{lists_path} has the shape {nbr_lists.shape}; a frame and a neighbour are the least.")
         few = max(1, CHECKED_BYTES // max(1, nbr_dists[0].nbytes))
         for start in range(0, min(len(self), few), 1024):
             self.frames(np.arange(start, min(start + 1024, few, len(self))))
@@ -241,8 +245,9 @@ def _open(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
+        reason = str(error).split(". ")[0]  # the rest advises to unpickle
         raise UserError(
-            f"{path} cannot be read as a .npy array: {error}; write it anew with numpy.save, without pickles."
+            f"{path} cannot be read as a .npy array: {reason}; write it anew with numpy.save, without pickles."
         ) from None
 
 

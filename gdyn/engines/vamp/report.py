@@ -75,7 +75,7 @@ def write(
     if training is not None:
         drawn["training"] = training
     pictures = {name: save_png(figure, run_dir.analysis / f"{name}.png") for name, figure in drawn.items()}
-    html = run_dir.analysis / "report.html"
+    html = run_dir.report_html
     summary = {**origin, "targets": predictions[0].shape[1], **summarize(kinetics, clock)} | {
         "files": {
             "report": str(html),
