@@ -15,10 +15,13 @@ NAMES = ("loader", "vamp_loss", "gdynet", "overhead")
 
 def main() -> int:
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=NAMES, help="Which to run; all if none is given.")
+    parser.add_argument("names", nargs="*", help=f"Which to run, of {', '.join(NAMES)}; all if none is given.")
     parser.add_argument("--rounds", type=int, default=5, help="Times each arm is measured.")
     parser.add_argument("--record", action="store_true", help="Append a line to benchmarks/results.jsonl.")
     options = parser.parse_args()
+    unknown = set(options.names) - set(NAMES)
+    if unknown:
+        parser.error(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(NAMES)}.")
     if len(options.names) != 1:
         # A process each: what one does to the allocator or to floating point must not reach the next.
         words = [f"--rounds={options.rounds}", *(["--record"] if options.record else [])]

@@ -210,8 +210,9 @@ class CheckpointStore:
         if loaded is None:
             raise UserError(f"DeepSpeed found nothing to load in {checkpoint.path.parent / tag}.")
         if ds.zero_optimization_stage() == 3:
-            # Loading leaves small parameters gathered. But that a module uses another one's parameter, as fused layers do,
-            # DeepSpeed only notices where it finds that sharded, in the first forward pass; later it fails ("tracing error").
+            # Loading leaves small parameters gathered. But that a module uses another one's parameter, as fused layers
+            # do, DeepSpeed only notices where it finds that sharded, in the first forward pass; else it fails later
+            # ("tracing error").
             for parameter in ds.module.parameters():
                 parameter.partition()
 

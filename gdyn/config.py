@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 import gdyn.engines  # noqa: F401  importing the engines makes them known to the parser
@@ -191,6 +191,7 @@ class Command:
 
 
 def make_parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help is what stands below each field
     parser = ArgumentParser(
         prog="gdyn train",
         description="Train the engine of a run file. Every key of the run file is also an option, e.g. --engine.tau 5.",

@@ -109,7 +109,7 @@ class Loader:
         return self._fetch_ahead(pieces)
 
     def _fetch_ahead(self, pieces: list[np.ndarray]) -> Iterator[Batch]:
-        batches = DataLoader(
+        batches: DataLoader[Batch] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             sampler=pieces,
             batch_size=None,

@@ -113,10 +113,9 @@ class RankContext:
             if message is not None:
                 raise AgreedError(f"[rank {rank}] {message}" if rank else message) from problem
 
-
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a rank cannot make its next one (UserError, OSError): then all raise, as in `together`. Every
-        rank must iterate, over equally many; making an item may not talk to other ranks."""
+        """The items, until a rank cannot make its next one (UserError, OSError): then all raise, as in `together`.
+        Every rank must iterate, over equally many; making an item may not talk to other ranks."""
         iterator = iter(items)
         while True:
             item, problem = None, None
@@ -177,9 +176,7 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
 
 
 @contextmanager
-def _enter(
-    info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float
-) -> "Iterator[tuple[RankContext, Store]]":
+def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> "Iterator[tuple[RankContext, Store]]":
     """torch.distributed and DeepSpeed's wrapper around it, initialised; destroyed after a good end."""
     import deepspeed
     import torch

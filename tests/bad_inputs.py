@@ -1,8 +1,7 @@
-"""A small run that works, and a table of what users get wrong with one."""
+"""A table of what users get wrong with a run that works."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,78 +10,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from gdyn import recipes
 from tests.data import write_trajectory
-
-
-@dataclass
-class Trial:
-    """A small run that works, to be spoilt in one place."""
-
-    folder: Path
-    argv: list[str] = field(default_factory=list)
-    environ: dict[str, str | None] = field(default_factory=dict)
-    """None: unset."""
-    program: str = "train"
-    checked_bytes: int | None = None
-    """How much of a trajectory is looked at before training; None: as the program does."""
-    apart: bool = False
-    """Rank 1 starts in a folder of its own, where relative paths lead to nothing."""
-
-    def __post_init__(self) -> None:
-        self.json = json.loads(recipes.bundled()["fp32_zero0"].read_text()) | {"train_micro_batch_size_per_gpu": 10}
-        self.vamp = {"train": [str(self.train)], "validation": [str(self.folder / "validation")]}
-        self.vamp |= {"tau": 2, "state_len": 2, "atom_fea_len": 4, "n_conv": 1, "num_gaussians": 4}
-        self.run = {
-            "engine": {"class_path": "Vamp", "init_args": self.vamp},
-            "deepspeed": str(self.folder / "ds.json"),
-            "run_dir": str(self.run_dir),
-            "loss_schedule": ["vamp2"],
-            "epochs": 1,
-            "optimization": {"learning_rate": 0.01},
-        }
-        self.config = self.folder / "run.yaml"
-        self.run_file: str | bytes | None = None
-
-    @property
-    def train(self) -> Path:
-        return self.folder / "train"
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The newest of the trained run."""
-        return self.run_dir / "checkpoints" / (self.run_dir / "checkpoints/latest").read_text().strip()
-
-    def write(self) -> list[str]:
-        """The files; returns the command line."""
-        (self.folder / "ds.json").write_text(json.dumps(self.json))
-        content = yaml.safe_dump(self.run) if self.run_file is None else self.run_file
-        for path in (self.folder / "run.yaml", self.folder / "runs" / "run.yaml"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return ["--config", str(self.config), *self.argv] if self.program == "train" else self.argv
-
-    def save(self, name: str, array: Any) -> None:
-        np.save(self.train / f"{name}.npy", array)
-
-    def change(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        self.save(name, change(np.load(self.train / f"{name}.npy")))
-
-    def put(self, name: str, index: Any, value: float) -> None:
-        array = np.load(self.train / f"{name}.npy")
-        array[index] = value
-        self.save(name, array)
-
-    def swap_splits(self) -> None:
-        self.vamp.update(train=self.vamp["validation"], validation=self.vamp["train"])
-
-    def rewrite(self, path: Path, change: Callable[[bytes], bytes]) -> None:
-        path.write_bytes(change(path.read_bytes()))
-
+from tests.trial import Trial
 
 Spoil = Callable[[Trial], Any]
 CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {}
@@ -246,11 +175,6 @@ cases(
     distance_infinite=(lambda t: t.put("nbr_dists", (7, 2, 1), np.inf), "frame 7 of .*nbr_dists.npy", "not finite"),
     distance_negative=(lambda t: t.put("nbr_dists", (5, 2, 1), -1.0), "frame 5 of .*nbr_dists.npy", "negative"),
     distance_nan_late=(lambda t: late(t, "nbr_dists", np.nan), "frame 59 of .*nbr_dists.npy", "not finite"),
-    distance_nan_late_in_worker=(
-        lambda t: (late(t, "nbr_dists", np.nan), t.argv.extend(["--workers", "1"])),
-        "frame 59 of .*nbr_dists.npy",
-        "not finite",
-    ),
     validation_nan_late=(
         lambda t: (t.put("nbr_dists", (-1, 2, 1), np.nan), t.swap_splits(), setattr(t, "checked_bytes", 1)),
         "frame 59 of .*train/nbr_dists.npy",
@@ -301,7 +225,7 @@ def files(t: Trial) -> list[str]:
 
 
 def late(t: Trial, name: str, value: float) -> None:
-    """The last frame, beyond those that are looked at before training: one rank of two meets it, in one of its samples."""
+    """In the last frame, beyond those that are looked at before training. It is in one sample, so one rank meets it."""
     t.put(name, (-1, 2, 1), value)
     t.checked_bytes = 1
     t.json["train_micro_batch_size_per_gpu"] = 29
@@ -314,11 +238,11 @@ def directions(t: Trial, array: np.ndarray) -> None:
 
 # The environment.
 cases(
-    world_of_four_alone=(lambda t: only(t, WORLD_SIZE="4"), "WORLD_SIZE=4", "Unset|torchrun"),
-    rank_a_word=(lambda t: t.environ.update(RANK="two"), 'RANK="two"', "whole number"),
-    rank_beyond_the_world=(lambda t: t.environ.update(RANK="5"), "RANK=5", "WORLD_SIZE=[12]"),
-    port_impossible=(lambda t: t.environ.update(MASTER_PORT="99999"), "MASTER_PORT=99999", "65535"),
-    launcher_unknown=(lambda t: t.environ.update(GDYN_LAUNCHER="slrum"), '"slrum"', "slurm"),
+    env_world_of_four_alone=(lambda t: only(t, WORLD_SIZE="4"), "WORLD_SIZE=4", "Unset|torchrun"),
+    env_rank_a_word=(lambda t: t.environ.update(RANK="two"), 'RANK="two"', "whole number"),
+    env_rank_beyond_the_world=(lambda t: t.environ.update(RANK="5"), "RANK=5", "WORLD_SIZE=[12]"),
+    env_port_impossible=(lambda t: t.environ.update(MASTER_PORT="99999"), "MASTER_PORT=99999", "65535"),
+    env_launcher_unknown=(lambda t: t.environ.update(GDYN_LAUNCHER="slrum"), '"slrum"', "slurm"),
     run_dir_is_a_file=(lambda t: t.run_dir.write_text(""), "run_dir .*run", "cannot be written", "--run_dir"),
     run_dir_below_a_file=(
         lambda t: (write(t, "f", ""), t.argv.extend(["--run_dir", str(t.folder / "f/r")])),

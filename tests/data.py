@@ -15,11 +15,18 @@ def hidden_states(frames: int, seed: int = 0) -> np.ndarray:
 
 
 def write_trajectory(
-    folder: Path, frames: int = 400, atoms: int = 6, neighbours: int = 4, targets: int = 1, ferro: bool = False, seed: int = 0
+    folder: Path,
+    frames: int = 400,
+    atoms: int = 6,
+    neighbours: int = 4,
+    targets: int = 1,
+    ferro: bool = False,
+    seed: int = 0,
 ) -> Path:
     """A host of atoms that vibrate in place, and targets that hop together between two sites of it. Returns `folder`.
 
-    Distances in Å, `neighbours` nearest first. ferro: every atom also has a noisy vector that points up or down with the state.
+    Distances in Å, `neighbours` nearest first. ferro: every atom also has a noisy vector that points up or
+    down with the state.
     """
     rng, states = np.random.default_rng([seed, 2]), hidden_states(frames, seed)
     host = 2.0 * np.random.default_rng(7).normal(size=(atoms, 3))  # of one system, whatever the seed

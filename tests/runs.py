@@ -24,10 +24,10 @@ CLOCK = "samples_per_second"
 
 
 def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int] = (1, 1), **changes: Any) -> RunConfig:
-    """A run of 2 x 2 epochs of 4 steps on 48 pairs each, ready in a second. `split`: (ranks, micro-batches) that share them.
+    """A run of 2 x 2 epochs of 4 steps on 48 pairs each, ready in a second. `split`: (ranks, micro-batches) of a step.
 
-    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of RunConfig, or of
-    Vamp, by name.
+    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of RunConfig
+    or of Vamp, by name.
     """
     train, validation = folder / "train", folder / "validation"
     if not train.exists():
@@ -65,7 +65,9 @@ class StopAfter:
         return self.windows is not None and self.asked >= self.windows
 
 
-def train(here: RankContext, config: RunConfig, stop_after: int | None = None, kind: Callable[..., Trainer] = Trainer) -> Trainer:
+def train(
+    here: RankContext, config: RunConfig, stop_after: int | None = None, kind: Callable[..., Trainer] = Trainer
+) -> Trainer:
     """What launch/train.py does, without its logging and signals. Every rank must call this. Returns the trainer."""
     run_dir = RunDir(Path(config.run_dir))
     if here.main:
@@ -86,9 +88,13 @@ def run(here: RankContext, config: RunConfig, stop_after: int | None = None) -> 
     train(here, config, stop_after)
 
 
+def store(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(RunDir(Path(config.run_dir)).checkpoints, ALONE)
+
+
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint."""
-    return CheckpointStore(RunDir(Path(config.run_dir)).checkpoints, ALONE).whole()[0].weights()
+    return store(config).whole()[0].weights()
 
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:

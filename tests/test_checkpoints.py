@@ -92,7 +92,9 @@ def test_weights_are_covered_by_the_checksums_too(store):
     assert store.find("auto").tag == older
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p.write_text(""), lambda p: p.write_text(p.read_text().replace("10", "11", 1))])
+@pytest.mark.parametrize(
+    "spoil", [lambda p: p.write_text(""), lambda p: p.write_text(p.read_text().replace("10", "11", 1))]
+)
 def test_a_damaged_position_is_no_position(store, caplog, spoil):
     older, newer = save(store, (0, 2), (0, 1))  # the step of the second is 10
     spoil(store.path / newer / "position.json")
@@ -104,7 +106,9 @@ def test_when_everything_is_damaged_nothing_restarts_from_scratch_not_even_the_s
     for tag in save(store, (0, 1), (0, 2)):
         flip(store.path / tag / "optimizer_states.pt")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .*\.broken.*start over in another --run_dir"):
+        with pytest.raises(
+            UserError, match=r"every checkpoint in .* is damaged .*\.broken.*start over in another --run_dir"
+        ):
             store.find("auto")
     with pytest.raises(UserError, match="already holds checkpoints"):
         store.find("never")
@@ -195,7 +199,10 @@ def test_prune_keeps_the_best_the_newest_and_the_end_of_every_phase(store):
 
 
 def test_prune_keeps_the_best_of_every_objective(store):
-    best = {word: {"tag": tag, "score": 0.5, "epoch": 1} for word, tag in [("vamp2", "p0-vamp2-e0001"), ("vamp1", "p1-vamp1-e0001")]}
+    best = {
+        word: {"tag": tag, "score": 0.5, "epoch": 1}
+        for word, tag in [("vamp2", "p0-vamp2-e0001"), ("vamp1", "p1-vamp1-e0001")]
+    }
     save(store, (0, 1), (0, 2), (1, 1), (1, 2), best=best)
     replace(store, save_best_only=True).prune()
     assert tags(store) == ["p1-vamp1-e0002", "p1-vamp1-e0001", "p0-vamp2-e0001"]
@@ -207,7 +214,10 @@ def test_prune_removes_converted_copies_and_leaves_damaged_ones(store):
     for name in ("p0-vamp2-e0001.universal", "p0-vamp2-e0001.universal.partial", "p0-vamp2-e0000.broken"):
         (store.path / name).mkdir()
     store.prune()
-    assert sorted(path.name for path in store.path.iterdir() if path.is_dir()) == ["p0-vamp2-e0000.broken", "p0-vamp2-e0001"]
+    assert sorted(path.name for path in store.path.iterdir() if path.is_dir()) == [
+        "p0-vamp2-e0000.broken",
+        "p0-vamp2-e0001",
+    ]
 
 
 def test_the_best_so_far_travels_with_every_checkpoint(store):
@@ -246,7 +256,11 @@ def found(here: RankContext, path: Path) -> str:
 def test_the_checkpoint_of_another_network_is_refused_on_every_rank(run_ranks, tmp_path):
     config = runs.small_run(tmp_path, "run", split=(2, 1), phases=[Phase("vamp2", 1)])
     run_ranks(2, runs.run, config)
-    other = replace(config, engine=replace(config.engine, atom_fea_len=4), phases=[Phase("vamp2", 1), Phase("vamp1", 1)])
+    other = replace(
+        config, engine=replace(config.engine, atom_fea_len=4), phases=[Phase("vamp2", 1), Phase("vamp1", 1)]
+    )
     with pytest.raises(RanksFailed, match="do not fit the engine of the run file: .* has shape") as failure:
         run_ranks(2, runs.run, other)
-    assert len(failure.value.errors) == 2 and all(isinstance(error, UserError) for error in failure.value.errors.values())
+    assert len(failure.value.errors) == 2 and all(
+        isinstance(error, UserError) for error in failure.value.errors.values()
+    )

@@ -1,4 +1,4 @@
-"""The same global batch gives the same score and gradient, however it is split into ranks x micro-batches, at every ZeRO stage.
+"""The same global batch gives the same score and gradient for any split into ranks x micro-batches, at every ZeRO stage.
 
 The whole trainer runs on real ranks; the reference is one rank with one micro-batch at ZeRO stage 0.
 """
@@ -72,7 +72,9 @@ def result(run_ranks, tmp_path_factory):
             config = runs.small_run(folder, f"run{len(done)}", stage=stage, split=split, **settings)
             vectors = run_ranks(split[0], gradients, config)[0]
             train = [record for record in runs.metrics(config) if record["split"] == "train"]
-            scores = torch.tensor([[r[name] for name in ("loss", "vamp1", "vamp2")] for r in train], dtype=torch.float64)
+            scores = torch.tensor(
+                [[r[name] for name in ("loss", "vamp1", "vamp2")] for r in train], dtype=torch.float64
+            )
             done[key] = Result(vectors, scores)
         return done[key]
 
@@ -120,5 +122,7 @@ def test_local_scope_is_not_exact_so_these_tests_can_fail(result):
 @pytest.mark.slow
 def test_batch_norm_is_not_exact_and_synchronised_over_ranks(result):
     """Two ranks share one micro-batch's statistics, four micro-batches do not."""
-    whole, ranks, micro_batches = (result("vamp2-independent", split, norm="batch") for split in ((1, 1), (2, 1), (1, 4)))
+    whole, ranks, micro_batches = (
+        result("vamp2-independent", split, norm="batch") for split in ((1, 1), (2, 1), (1, 4))
+    )
     assert differences(ranks, whole)[1] < 1e-3 < differences(micro_batches, whole)[1]

@@ -1,6 +1,7 @@
 """Which samples, in which order, on which rank. Compared with sets and counts, and with the kernel's own memory "
 "count."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -40,18 +41,24 @@ def numbers(batches):
     return [batch["i"].tolist() for batch in batches]
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
 def epoch_of(loaders, epoch=0, start=0):
     """Windows of an epoch: for each, the sorted samples of all ranks and micro-batches."""
     per_rank = [list(loader.windows(epoch, start)) for loader in loaders]
-    return [sorted(sum((sum(numbers(window), []) for window in windows), [])) for windows in zip(*per_rank, strict=True)]
+    return [sorted(flat(numbers(flat(windows)))) for windows in zip(*per_rank, strict=True)]
 
 
-@pytest.mark.parametrize(("n", "world", "micro", "accumulation"), [(100, 1, 3, 2), (100, 4, 3, 2), (96, 2, 4, 3), (7, 3, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "world", "micro", "accumulation"), [(100, 1, 3, 2), (100, 4, 3, 2), (96, 2, 4, 3), (7, 3, 1, 2)]
+)
 def test_an_epoch_is_whole_windows_with_every_sample_at_most_once(n, world, micro, accumulation):
     loaders = ranks(world, n, micro, accumulation)
     size = world * micro * accumulation
     windows = epoch_of(loaders)
-    seen = sum(windows, [])
+    seen = flat(windows)
     assert [len(window) for window in windows] == [size] * (n // size)
     assert len(set(seen)) == len(seen) == n - n % size == n - loaders[0].remainder
     assert all(len(window) == accumulation for window in loaders[0].windows(0))
@@ -59,7 +66,7 @@ def test_an_epoch_is_whole_windows_with_every_sample_at_most_once(n, world, micr
 
 def test_the_remainder_of_an_epoch_is_trained_in_others():
     loaders = ranks(1, n=11, micro=5, accumulation=2)
-    left_out = [set(range(11)) - set(sum(epoch_of(loaders, epoch), [])) for epoch in range(5)]
+    left_out = [set(range(11)) - set(flat(epoch_of(loaders, epoch))) for epoch in range(5)]
     assert all(len(left) == 1 for left in left_out) and len(set.union(*left_out)) > 1
 
 
@@ -96,13 +103,15 @@ def test_limit_and_overfit_windows():
 def test_a_shard_covers_everything_once_and_all_ranks_get_as_many_batches(n, world, micro):
     shards = [list(loader.shard()) for loader in ranks(world, n, micro)]
     counted = [numbers(batch for batch, counts in shard if counts) for shard in shards]
-    assert sum((sum(batches, []) for batches in counted), []) == list(range(n))  # contiguous, in order, by rank
+    assert flat(flat(counted)) == list(range(n))  # contiguous, in order, by rank
     assert len({len(shard) for shard in shards}) == 1
     assert all(0 < len(batch["i"]) <= micro for shard in shards for batch, _ in shard)
 
 
 def test_too_few_samples_for_one_window_is_a_clear_error():
-    with pytest.raises(UserError, match=r"11 samples, one optimizer step takes 12 \(micro-batch 3 x accumulation 2 x 2 ranks\)"):
+    with pytest.raises(
+        UserError, match=r"11 samples, one optimizer step takes 12 \(micro-batch 3 x accumulation 2 x 2 ranks\)"
+    ):
         ranks(2, n=11)[0].check()
 
 

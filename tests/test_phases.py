@@ -12,7 +12,10 @@ from gdyn.phases import Phase, Plan, Position
 SCHEDULE = Plan((Phase("vamp2", 30), Phase("vamp1", 30), Phase("vamp2", 30)))
 
 
-def walk(plan, position=Position(), windows=2, size=8):
+START = Position()
+
+
+def walk(plan, position=START, windows=2, size=8):
     """Every position a run passes through, ends of epochs included."""
     while not plan.done(position):
         yield position
@@ -55,7 +58,9 @@ def test_continuing_from_any_position_passes_through_the_same_positions():
     whole = list(walk(plan))
     for i, position in enumerate(whole):
         rest = list(walk(plan, position))
-        assert whole[i:] == rest or whole[i + 1 :] == rest  # the end of an epoch's windows is followed by the next epoch
+        assert (
+            whole[i:] == rest or whole[i + 1 :] == rest
+        )  # the end of an epoch's windows is followed by the next epoch
 
 
 def test_positions_of_one_run_have_different_tags_that_sort_by_age():
