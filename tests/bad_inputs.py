@@ -41,15 +41,7 @@ cases(
         "batchsize",
         'Did you mean "batch_size"',
     ),
-    key_of_phase_unknown=(
-        lambda t: (
-            t.run.pop("loss_schedule"),
-            t.run.pop("epochs"),
-            t.run.update(phases=[{"objective": "vamp2", "epoch": 1}]),
-        ),
-        "phases",
-        'Did you mean "epochs"',
-    ),
+    key_of_phase_unknown=(lambda t: phases(t, epoch=1), "phases", 'Did you mean "epochs"'),
     engine_misspelt=(lambda t: t.run["engine"].update(class_path="Vmap"), 'unknown engine "Vmap"', "known: Vamp"),
     engine_missing=(lambda t: t.run.pop("engine"), "engine"),
     run_dir_missing=(lambda t: t.run.pop("run_dir"), "run_dir"),

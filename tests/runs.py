@@ -26,8 +26,8 @@ CLOCK = "samples_per_second"
 def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int] = (1, 1), **changes: Any) -> RunConfig:
     """A run of 2 x 2 epochs of 4 steps on 48 pairs each, ready in a second. `split`: (ranks, micro-batches) of a step.
 
-    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of RunConfig
-    or of Vamp, by name.
+    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of
+    RunConfig or of Vamp, by name.
     """
     train, validation = folder / "train", folder / "validation"
     if not train.exists():

@@ -25,6 +25,22 @@ from tests.trial import Trial
 ONE_RANK = [name for name in CASES if not name.startswith("apart_")]
 PROGRAMS_OF_ONE_PROCESS = ("evaluate_", "analyze_", "export_", "prepare_")
 TWO_RANKS = [name for name in CASES if not name.removeprefix("trained_").startswith(PROGRAMS_OF_ONE_PROCESS)]
+REPRESENTATIVE = [
+    *(
+        "run_file_missing",
+        "run_file_not_yaml",
+        "key_of_engine_unknown",
+        "option_unknown",
+        "one_state",
+        "trains_nothing",
+    ),
+    *("json_key_unknown", "two_precisions", "fp16_on_cpu", "data_file_missing", "distance_nan", "distance_nan_late"),
+    *("validation_nan_late", "batch_too_large", "env_port_impossible", "run_dir_is_a_file", "init_from_other_network"),
+    *("trained_tag_unknown", "trained_corrupted", "trained_other_schedule", "gdynet_key_unknown"),
+    *(name for name in CASES if name.startswith("apart_")),
+]
+"""Of every kind of mistake, and of every moment at which it shows."""
+
 BEFORE_THEY_MEET = {name for name in CASES if name.startswith("env_")}
 """Of these every rank must speak for itself."""
 
@@ -74,7 +90,8 @@ def endings(world_size: int, trials: Iterable[Trial]) -> list[tuple[Ending, ...]
     """How each trial ended on each rank."""
     harness.warm_up()
     work = [(trial, trial.write(), harness.free_port()) for trial in trials]
-    return list(zip(*harness.run_ranks(world_size, attempts, work, timeout=120, join=False), strict=True))
+    limit = 30 + 3 * len(work)
+    return list(zip(*harness.run_ranks(world_size, attempts, work, timeout=limit, join=False), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +128,12 @@ def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def pair(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results(2, TWO_RANKS, prepared, tmp_path_factory.mktemp("pair"))
+    return results(2, REPRESENTATIVE, prepared, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def pair_of_all(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results(2, TWO_RANKS, prepared, tmp_path_factory.mktemp("pair_of_all"))
 
 
 def check(name: str, ranks: tuple[Ending, ...]) -> None:
@@ -130,9 +152,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(name: str, alone: Results) -> 
     check(name, alone[name])
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_two_ranks_end_together_with_one_message(name: str, pair: Results) -> None:
     check(name, pair[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_end_together_whatever_the_mistake(name: str, pair_of_all: Results) -> None:
+    check(name, pair_of_all[name])
 
 
 @pytest.mark.slow
@@ -156,7 +184,6 @@ class Unreadable:
         raise UserError(f"frame {indices[0]} is bad: repair it.")
 
 
-@pytest.mark.slow
 def test_what_a_worker_process_cannot_read_is_said_without_its_traceback() -> None:
     loader = Loader(Unreadable(), 8, 1, ALONE, workers=1)
     with pytest.raises(UserError, match=r"^frame \d is bad: repair it\.$"):

@@ -1,4 +1,4 @@
-"""The same global batch gives the same score and gradient for any split into ranks x micro-batches, at every ZeRO stage.
+"""The same global batch gives one score and gradient for any split into ranks x micro-batches, at every ZeRO stage.
 
 The whole trainer runs on real ranks; the reference is one rank with one micro-batch at ZeRO stage 0.
 """

@@ -62,7 +62,7 @@ def assert_same(found, expected):
 
 
 def determined(weights):
-    """Without the biases that cancel in a softmax: their gradient is rounding noise, which Adam magnifies to full steps."""
+    """Without the biases that cancel in a softmax: their gradient is rounding noise, which Adam makes full steps of."""
     return [weight for name, weight in weights.items() if not name.endswith("score.bias")]
 
 
