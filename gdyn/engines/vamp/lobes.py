@@ -54,14 +54,14 @@ class Convolution(nn.Module):
         own = h_bna if centres is None else h_bna[:, centres]
         w_own, w_nbr, w_edge = self.core.weight.split([a, a, gaussians.shape[-1]], 1)
         # What h_i adds to the scores is the same for all its edges and cancels in the softmax. So does the bias, which
-        # is kept in the sum because a parameter without a gradient would surprise DeepSpeed.
+        # must have a gradient for DeepSpeed, but an exact zero: Adam would make full steps of rounding noise.
         _, s_nbr, s_edge = self.score.weight[0].split([a, a, gaussians.shape[-1]])
         aggregate = attend_edges(
             nbr.reshape(-1),
             gaussians,
             F.linear(own, w_own, self.core.bias),
             F.linear(h_bna, w_nbr).view(b * n, a),
-            F.linear(h_bna, s_nbr[None], self.score.bias).view(-1),
+            F.linear(h_bna, s_nbr[None], 0 * self.score.bias).view(-1),
             w_edge,
             s_edge,
             self.norm_edges,
