@@ -6,7 +6,7 @@ recipes, ds_config, ds_keys, ds_machine  the DeepSpeed JSON: found, completed, c
 ranks, launchers, rendezvous, signals    who this process is, how it was found, where ranks meet; who asks to stop
 engine, engines, nn, collectives         the contract of a model family; the families (vamp) and what they share
 config, gdynet                           a run file, ours or GDyNet's, read into a RunConfig
-trainer, loader, checkpoints             the one loop, over DeepSpeed; whole windows in; positions saved and found
+trainer, ds_engine, loader, checkpoints  the one loop, over DeepSpeed; whole windows in; positions saved and found
 metrics, progress                        means and logs of a run; what a person sees
 inference, evaluation, report            a finished run read back, scored, shown
 cli                                      `gdyn train|analyze|...`, the programs of launch/

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -52,6 +53,30 @@ def bar(windows: Iterator[Any], total: int, done: int, label: str, style: Litera
     return tqdm(
         windows, total=total, initial=done, desc=label, unit="step", leave=False, disable=hidden, dynamic_ncols=True
     )
+
+
+class Console:
+    """How phases and epochs are printed, in either style."""
+
+    def __init__(self, style: Literal["table", "gdynet"], checkpoints: Path):
+        self.style, self.checkpoints = style, checkpoints
+        self.header = ""
+
+    def phase(self, index: int, phase: Phase) -> None:
+        if self.style == "gdynet":
+            log.info("%s", gdynet_header(index, phase))
+
+    def epoch(self, report: EpochReport) -> None:
+        if self.style == "gdynet":
+            log.info("%s", gdynet_block(report))
+            if report.checkpoint:
+                log.info("Saved checkpoint: %s", self.checkpoints / report.checkpoint)
+            return
+        header = table_header(report)
+        if header != self.header:  # another objective has another column
+            log.info("%s", header)
+            self.header = header
+        log.info("%s", table_row(report))
 
 
 def table_header(report: EpochReport) -> str:

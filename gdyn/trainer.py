@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import gc
 import logging
 import math
 import time
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdyn import ds_config, progress
+from gdyn import ds_config, ds_engine, progress
 from gdyn.checkpoints import Checkpoint, CheckpointStore, full_weights, phases_of
 from gdyn.config import RunConfig
 from gdyn.ds_config import DsConfig
@@ -57,7 +55,7 @@ class Trainer:
         self.store = CheckpointStore(run_dir.checkpoints, here, keep.keep, keep.save_best_only)
         self.ds: Any = None
         self.trains: list[str] = []
-        self.header_shown = False
+        self.console = progress.Console(config.logging.style, run_dir.checkpoints)
         self.checkpoint_seconds, self.window_began = 1.0, time.monotonic()
 
     # -- the table of contents ----------------------------------------------------------------------------------------
@@ -78,7 +76,7 @@ class Trainer:
             self._enter(position, checkpoint)
             position = self._train_epoch(position, checkpoint)
             checkpoint = None
-        self._leave()
+        self._release()
         return position
 
     def finish(self, position: Position) -> dict[str, Any]:
@@ -184,9 +182,8 @@ class Trainer:
                 self.plan.global_epoch(position) + phase.epochs - position.epoch - 1,
             )
             log.info("phase %s: objective %s, epochs %d-%d.", phase.label, phase.objective, first, last)
-            if self.config.logging.style == "gdynet":
-                log.info("%s", progress.gdynet_header(position.phase, phase))
-        if self.ds is not None and self.trains == self._trainable(self.ds.module, phase):
+            self.console.phase(position.phase, phase)
+        if self.ds is not None and self.trains == ds_engine.trainable(self.ds.module, phase):
             return
         weights = full_weights(self.ds) if self.ds is not None else None
         self._release()
@@ -197,7 +194,7 @@ class Trainer:
         elif checkpoint is None and self.config.init_from:
             load_weights(model, weights_of(Path(self.config.init_from)), self.config.init_from)
             log.info("weights from %s.", self.config.init_from)
-        self.trains = self._trainable(model, phase)
+        self.trains = ds_engine.trainable(model, phase)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in set(self.trains))
         if checkpoint is not None:
@@ -216,7 +213,9 @@ class Trainer:
             if universal:
                 ds_json["checkpoint"] = {**ds_json.get("checkpoint", {}), "load_universal": True}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        log.info("%d trainable parameters of %d.", _count(trainable), _count(list(model.parameters())))
+        log.info(
+            "%d trainable parameters of %d.", ds_engine.count(trainable), ds_engine.count(list(model.parameters()))
+        )
         groups = self.engine.param_groups(model, phase) or trainable
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_json)
         if checkpoint is not None:
@@ -224,16 +223,10 @@ class Trainer:
         if self.config.optimization.torch_compile:
             self.ds.compile(compile_kwargs={"mode": self.config.optimization.compile_mode})
 
-    @staticmethod
-    def _trainable(model: nn.Module, phase: Phase) -> list[str]:
-        names = [name for name, _ in model.named_parameters()]
-        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in phase.trains)]
-        if not chosen:
-            raise UserError(
-                f"phase {phase.label}: trains {list(phase.trains)} matches no parameter; the first are "
-                f"{', '.join(names[:3])}."
-            )
-        return chosen
+    def _release(self) -> None:
+        if self.ds is not None:
+            ds_engine.release(self.ds)
+            self.ds = None
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
@@ -288,7 +281,7 @@ class Trainer:
             checkpoint=tag,
             shown=list(dict.fromkeys([phase.objective, *self.engine.shown])),
         )
-        self._report(report)
+        self.console.epoch(report)
         return position
 
     def _meters(self, checkpoint: Checkpoint | None) -> tuple[Meter, Meter]:
@@ -377,17 +370,6 @@ class Trainer:
         self.window_began = now
         return self.here.any(self.stop.due(now, needed))
 
-    def _report(self, report: progress.EpochReport) -> None:
-        if self.config.logging.style == "gdynet":
-            log.info("%s", progress.gdynet_block(report))
-            if report.checkpoint:
-                log.info("Saved checkpoint: %s", self.run_dir.checkpoints / report.checkpoint)
-            return
-        if not self.header_shown:
-            log.info("%s", progress.table_header(report))
-            self.header_shown = True
-        log.info("%s", progress.table_row(report))
-
     def _whole(self, split: str) -> Loader:
         """The loader of a split that is evaluated."""
         return Loader(
@@ -416,28 +398,5 @@ class Trainer:
         if not math.isfinite(values.get("loss", 0.0)):
             raise UserError(
                 f"the loss is {values['loss']} at step {position.step}. Usual cures: a smaller learning_rate (halve "
-                "it), a larger "
-                "batch or epsilon, data without NaN. The checkpoints before this step are intact."
+                "it), a larger batch or epsilon, data without NaN. The checkpoints before this step are intact."
             )
-
-    def _leave(self) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        """Let go of `ds`. What `destroy` leaves behind (hooks on the module, references to the optimizer) would keep
-        every phase's engine alive."""
-        if self.ds is None:
-            return
-        ds, self.ds = self.ds, None
-        ds.destroy()
-        for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
-            if getattr(ds, hook, None) is not None:
-                getattr(ds, hook).remove()
-        ds.optimizer = ds.basic_optimizer = ds.lr_scheduler = None
-        del ds
-        gc.collect()
-
-
-def _count(parameters: list[nn.Parameter]) -> int:
-    # ds_numel: a parameter that ZeRO-3 has partitioned looks empty
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
