@@ -167,7 +167,7 @@ def test_it_overfits_a_few_samples(engine: Engine, model: nn.Module) -> None:
     objective, reached = OVERFITTED[type(engine).__name__]
     phase, batch = Phase(objective, 1), engine.datasets()["train"][7 * np.arange(8)]
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(200):
+    for _ in range(400):
         loss = step_of(engine, model, batch, phase).loss
         adam.zero_grad()
         loss.backward()
