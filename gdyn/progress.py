@@ -80,12 +80,12 @@ class Console:
 
 
 def table_header(report: EpochReport) -> str:
-    scores = "".join(f"{'val ' + name:>12}" for name in report.shown)
+    scores = "".join(f"{'val ' + name:>14}" for name in report.shown)
     return f"{'epoch':>9}  {'phase':<10}{'train loss':>12}{scores}{'lr':>10}{'samples/s':>11}{'s':>7}"
 
 
 def table_row(report: EpochReport) -> str:
-    scores = "".join(f"{report.validation.get(name, float('nan')):>12.4f}" for name in report.shown)
+    scores = "".join(f"{report.validation.get(name, float('nan')):>14.4f}" for name in report.shown)
     numbers = f"{report.learning_rate:>10.2g}{report.samples_per_second:>11.0f}{report.seconds:>7.1f}"
     star = "  *" if report.improved else ""
     loss = report.train.get("loss", float("nan"))

@@ -177,11 +177,9 @@ class Trainer:
         call this."""
         phase = self.plan.phase(position)
         if self.ds is None or (position.epoch == 0 and position.sample == 0):
-            first, last = (
-                self.plan.global_epoch(position),
-                self.plan.global_epoch(position) + phase.epochs - position.epoch - 1,
-            )
-            log.info("phase %s: objective %s, epochs %d-%d.", phase.label, phase.objective, first, last)
+            first = self.plan.global_epoch(position) + 1  # as printed, from 1
+            last, total = first + phase.epochs - position.epoch - 1, self.plan.epochs
+            log.info("phase %s: objective %s, epochs %d-%d of %d.", phase.label, phase.objective, first, last, total)
             self.console.phase(position.phase, phase)
         if self.ds is not None and self.trains == ds_engine.trainable(self.ds.module, phase):
             return
