@@ -121,7 +121,7 @@ class Engine(ABC):
         scores."""
         return {}
 
-    def notices(self, samples_per_window: int) -> list[str]:
+    def notices(self, train: Dataset, samples_per_window: int) -> list[str]:
         """What a user should know before the first step, one sentence each.
 
         Raises: UserError if this batch cannot work.

@@ -49,7 +49,7 @@ class Trainer:
             overfit_windows=config.overfit_windows,
         )
         self.loader.check()
-        self.notices = self.engine.notices(self.loader.window_size)
+        self.notices = self.engine.notices(self.datasets["train"], self.loader.window_size)
         self.ds_json = ds_config.complete(recipe, wishes, self.plan.epochs * self.loader.windows_per_epoch)
         keep = config.checkpointing
         self.store = CheckpointStore(run_dir.checkpoints, here, keep.keep, keep.save_best_only)

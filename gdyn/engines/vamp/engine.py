@@ -140,8 +140,9 @@ class Vamp(Engine):
                 raise UserError(f"engine.{split} names no trajectory; give at least one directory.")
         return {split: FramePairs(self.trajectories(sources), self.tau) for split, sources in splits.items() if sources}
 
-    def notices(self, samples_per_window: int) -> list[str]:
-        targets = len(self.trajectories(self.train)[0].target_index)
+    def notices(self, train: Dataset, samples_per_window: int) -> list[str]:
+        assert isinstance(train, FramePairs)
+        targets = len(train.system["target_index"])
         rows, k = samples_per_window * targets, self.state_len
         if rows <= k:
             raise UserError(
