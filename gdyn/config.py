@@ -132,7 +132,7 @@ class RunConfig:
     """Seconds after which to stop with a checkpoint and exit code 75."""
 
     limit_windows: PositiveInt | None = None
-    """A quick run: at most so many optimizer steps per epoch, and evaluation batches."""
+    """A quick run: at most so many optimizer steps per epoch, and as many samples of each split that is evaluated."""
 
     overfit_windows: PositiveInt | None = None
     """A sanity check: train on the same few windows in every epoch."""

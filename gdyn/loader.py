@@ -36,7 +36,7 @@ class Loader:
     workers: int = 0
     """Processes that read ahead; they are started fresh (forkserver), which is safe beside MPI and HDF5."""
     limit_windows: int | None = None
-    """A quick run: at most so many windows per epoch."""
+    """A quick run: at most so many windows per epoch, and as many samples of what is evaluated."""
     overfit_windows: int | None = None
     """A sanity check: the same few windows in every epoch."""
 
@@ -90,11 +90,11 @@ class Loader:
         same number of batches, as sharded models need; a rank that has run out gets a filler marked False, which must
         not count."""
         n, world = len(self.dataset), self.here.world_size
+        if self.limit_windows is not None:
+            n = min(n, self.limit_windows * self.window_size)  # the same samples for any number of ranks
         bounds = np.arange(world + 1) * n // world
         first, last = bounds[self.here.rank], bounds[self.here.rank + 1]
         rounds = -(-int(np.diff(bounds).max()) // self.micro_batch)
-        if self.limit_windows is not None:
-            rounds = min(rounds, self.limit_windows)
         starts = [first + i * self.micro_batch for i in range(rounds)]
         real = [start < last for start in starts]
         pieces = [

@@ -373,7 +373,7 @@ class Trainer:
         return Loader(
             self.datasets[split],
             self.loader.micro_batch,
-            1,
+            self.loader.accumulation,
             self.here,
             workers=self.config.workers,
             limit_windows=self.config.limit_windows,

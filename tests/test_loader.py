@@ -165,3 +165,14 @@ def test_resident_memory_does_not_grow_with_the_trajectory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     before, peak = json.loads(done.stdout)
     assert peak - before < 150
+
+
+def test_a_quick_run_evaluates_the_same_samples_on_any_number_of_ranks():
+    seen = [
+        sorted(flat(flat(numbers(batch for batch, counts in loader.shard() if counts) for loader in loaders)))
+        for loaders in (
+            ranks(1, micro=4, accumulation=1, limit_windows=3),
+            ranks(2, micro=1, accumulation=2, limit_windows=3),
+        )
+    ]
+    assert seen == [list(range(12))] * 2
