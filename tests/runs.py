@@ -31,8 +31,9 @@ def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int]
     """
     train, validation = folder / "train", folder / "validation"
     if not train.exists():
-        write_trajectory(train, frames=200, targets=2)
-        write_trajectory(validation, frames=99, targets=2, seed=1)
+        ferro = changes.get("model_type") == "ferro"
+        write_trajectory(train, frames=200, targets=2, ferro=ferro)
+        write_trajectory(validation, frames=99, targets=2, ferro=ferro, seed=1)
     sizes = {"tau": 2, "state_len": 3, "atom_fea_len": 8, "n_conv": 2, "num_gaussians": 8, "cutoff": 5.0}
     in_engine = {field.name for field in dataclasses.fields(Vamp)}
     sizes |= {name: changes.pop(name) for name in list(changes) if name in in_engine}
