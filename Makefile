@@ -62,7 +62,7 @@ $(EXAMPLE)/data/train: $(EXAMPLE)/trajectory_1.npz | $(RUNTIME)
 	$(PREPARE) $< --output $@
 
 $(EXAMPLE)/data/validation: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
-	$(PREPARE) $< --output $@ --stop 19089
+	$(PREPARE) $< --output $@ --stop 12726
 
 $(EXAMPLE)/data/test: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
-	$(PREPARE) $< --output $@ --start 19089
+	$(PREPARE) $< --output $@ --start 12726
