@@ -2,10 +2,9 @@
 
     checkpoints/<tag>/...               what DeepSpeed writes, one part per rank
     checkpoints/<tag>/weights.safetensors   all weights in fp32, readable by anything, by any number of ranks
-    checkpoints/<tag>/position.json     written last: the next work, size and digest of every other file, the best so
-    far checkpoints/latest                  the newest whole tag; moved after position.json
-    checkpoints/best.json               per objective: tag and validation score; a copy of what the newest position.json
-    says
+    checkpoints/<tag>/position.json     written last: the next work, the best so far, size and digest of every file
+    checkpoints/latest                  the newest whole tag; moved after position.json
+    checkpoints/best.json               per objective: tag and validation score; copied from the newest position.json
 
 A tag without position.json is a save that was interrupted, and is ignored. DeepSpeed's own `latest` is not used: it can
 name a tag whose parts do not exist yet.

@@ -65,8 +65,8 @@ def _repeats(error: BaseException) -> bool:
     return isinstance(error, ranks.AgreedError) and bool(ranks.discover(os.environ).rank)
 
 
-def start_logging(main: bool, verbose: bool = False) -> None:
-    """Sentences on standard error: INFO from rank 0, warnings from the others."""
+def start_logging(main: bool) -> None:
+    """Sentences on standard error: INFO from rank 0, errors from the others."""
     from gdyn.progress import ConsoleHandler
 
     log = logging.getLogger("gdyn")

@@ -47,7 +47,8 @@ def train(argv: list[str]) -> int:
     if command.mode == "evaluate":
         from launch import analyze
 
-        return analyze.main([str(run_dir.path)])
+        # One process writes the report; the others have nothing to add.
+        return analyze.main([str(run_dir.path)]) if here.main else rundir.DONE
     # Out of the job: the other ranks need not wait for a report.
     if here.main and summary:
         conclude(command.config, run_dir, summary)
