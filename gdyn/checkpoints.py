@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,13 +98,12 @@ class CheckpointStore:
         if self.here.main:
             save_file(weights, folder / WEIGHTS)
         self.here.barrier()
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = {
-            str(path.relative_to(folder)): _describe(path, sync=True)
-            for path in files[self.here.rank :: self.here.world_size]
-        }
-        described = {name: facts for part in self.here.gather(mine) for name, facts in part.items()}
-        if self.here.main:
+        # Listed once, because thousands of ranks that list thousands of files bring a file system down.
+        files = self.here.broadcast(sorted(_files(folder)) if self.here.main else None)
+        mine = {name: _describe(folder / name, sync=True) for name in files[self.here.rank :: self.here.world_size]}
+        parts = self.here.collect(mine)
+        if parts is not None:
+            described = {name: facts for part in parts for name, facts in part.items()}
             record = {
                 "position": asdict(position),
                 "written": time.time(),
@@ -174,9 +174,7 @@ class CheckpointStore:
             if damage:
                 raise UserError(f"{folder} is damaged: {damage}; resume from another tag or with --resume auto.")
             return checkpoint
-        for problem in self._look()[1]:
-            log.warning("%s; it is ignored.", problem)
-        for checkpoint in self.whole():
+        for checkpoint in self._candidates():
             damage = self.damage(checkpoint)
             if not damage:
                 return checkpoint
@@ -192,6 +190,16 @@ class CheckpointStore:
             )
         return None
 
+    def _candidates(self) -> Iterator[Checkpoint]:
+        """Every checkpoint that was finished, newest first. Every rank must iterate. Rank 0 alone looks, because each
+        position.json lists thousands of files where there are thousands of ranks."""
+        found = iter(self.whole() if self.here.main else ())
+        if self.here.main:
+            for problem in self._look()[1]:
+                log.warning("%s; it is ignored.", problem)
+        while (checkpoint := self.here.broadcast(next(found, None))) is not None:
+            yield checkpoint
+
     def _has_history(self) -> bool:
         return any(self.path.glob(f"*/{MARK}"))
 
@@ -201,6 +209,8 @@ class CheckpointStore:
         files: dict[str, dict[str, Any]] = checkpoint.record["files"]
         names = sorted(files)[self.here.rank :: self.here.world_size]
         found = [problem for name in names if (problem := _compare(checkpoint.path / name, files[name]))]
+        if not self.here.any(bool(found)):
+            return ""
         return "; ".join(problem for part in self.here.gather(found) for problem in part)
 
     def load(self, ds: DeepSpeedEngine, checkpoint: Checkpoint, tag: str) -> None:
@@ -284,6 +294,10 @@ def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 def phases_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The schedule a checkpoint was trained under, as dictionaries of `Phase` fields."""
     return [asdict(Phase(**phase)) | {"trains": list(phase["trains"])} for phase in checkpoint.record["phases"]]
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _remove(folder: Path) -> None:

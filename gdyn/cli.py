@@ -1,4 +1,4 @@
-"""The `gdyn` command and what all programs share: exit codes, logging, the verdict file."""
+"""The `gdyn` command and what all programs share: exit codes, logging."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ import logging
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gdyn import rundir
 from gdyn.errors import UserError
-from gdyn.rundir import RunDir
-
-if TYPE_CHECKING:
-    from gdyn.ranks import RankContext
 
 COMMANDS = {
+    "submit": "make and submit a job script for a machine; --plan what it will cost",
     "train": "train an engine, or resume",
     "analyze": "what a run learned: tables, figures, one HTML report",
     "evaluate": "score a run's best checkpoint on other data",
     "prepare": "raw trajectories to an engine's data files",
     "export": "weights and a stand-alone predictor",
+    "compare": "runs side by side: scores, differences, throughput, cost",
+    "preflight": "is this job healthy, before it spends its node-hours",
+    "lint-job": "what is known to be wrong with a job script",
+    "supervise": "what a job script starts: attempts, restarts, spare nodes, hand-over",
 }
 
 
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """`gdyn COMMAND ...`: the same programs as launch/COMMAND.py."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return int(importlib.import_module(f"launch.{argv[0]}").main(argv[1:]))
+        return int(importlib.import_module(f"launch.{argv[0].replace('-', '_')}").main(argv[1:]))
     usage = "usage: gdyn COMMAND ...\n\n" + "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
     if argv and argv[0] in ("-h", "--help"):
         sys.stdout.write(usage + "\n\ngdyn COMMAND --help explains each.\n")
@@ -87,28 +85,3 @@ def log_to(path: Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger("gdyn").addHandler(handler)
-
-
-@dataclass
-class Verdict:
-    """How a run ended; `verdict` writes it."""
-
-    code: int = rundir.FAILED
-    reason: str = ""
-
-
-@contextmanager
-def verdict(run_dir: RunDir, here: RankContext) -> Iterator[Verdict]:
-    """Run the block and write status.json, whatever happens, because launchers lose exit codes."""
-    result = Verdict()
-    try:
-        yield result
-    except UserError as error:
-        result.code, result.reason = rundir.USER_ERROR, str(error)
-        raise
-    except BaseException as error:
-        result.code, result.reason = rundir.FAILED, f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        if here.main and run_dir.path.is_dir() and os.access(run_dir.path, os.W_OK):
-            run_dir.write_status(result.code, result.reason)

@@ -57,6 +57,13 @@ class Checkpointing:
     """Keep only the best and the latest."""
 
 
+def _read_switch(section: Any, name: str) -> None:
+    """YAML reads on and off as true and false; they stay words."""
+    value = getattr(section, name)
+    if isinstance(value, bool):
+        object.__setattr__(section, name, "on" if value else "off")
+
+
 @dataclass(frozen=True)
 class Logging:
     """What is written while training."""
@@ -65,8 +72,11 @@ class Logging:
     """A line of metrics.jsonl and a TensorBoard point after so many optimizer steps."""
     style: Literal["table", "gdynet"] = "table"
     """How an epoch is printed: one table row, or the original GDyNet block."""
-    progress: Literal["auto", "on", "off"] = "auto"
+    progress: Literal["auto", "on", "off"] | bool = "auto"
     """A progress bar per epoch; auto: only on a terminal."""
+
+    def __post_init__(self) -> None:
+        _read_switch(self, "progress")
 
 
 @dataclass(frozen=True)
@@ -131,11 +141,21 @@ class RunConfig:
     wall_time: PositiveFloat | None = None
     """Seconds after which to stop with a checkpoint and exit code 75."""
 
+    hang_timeout: PositiveFloat = 600
+    """Seconds without a finished step, evaluation batch or checkpoint after which every rank writes where it stands and
+    the job ends with exit code 71."""
+
+    preflight: Literal["auto", "on", "off"] | bool = "auto"
+    """Check ranks, devices, network, storage and memory before training; auto: in a job of several ranks."""
+
     limit_windows: PositiveInt | None = None
     """A quick run: at most so many optimizer steps per epoch, and as many samples of each split that is evaluated."""
 
     overfit_windows: PositiveInt | None = None
     """A sanity check: train on the same few windows in every epoch."""
+
+    def __post_init__(self) -> None:
+        _read_switch(self, "preflight")
 
     @property
     def plan(self) -> Plan:

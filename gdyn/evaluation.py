@@ -3,6 +3,7 @@ say."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,30 @@ from gdyn.phases import Phase
 from gdyn.ranks import ALONE, RankContext
 
 
+class Stopped(Exception):
+    """The evaluation was left because a rank was asked to stop; all ranks raise it together."""
+
+
 def evaluate(
-    engine: Engine, model: nn.Module, loader: Loader, phase: Phase, here: RankContext
+    engine: Engine,
+    model: nn.Module,
+    loader: Loader,
+    phase: Phase,
+    here: RankContext,
+    asked: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """(scores of the split, metrics of this rank's last batch). Every rank must call this.
+
+    Raises: Stopped if `asked`, called before each batch, says yes on any rank.
 
     Scores that `Engine.pooled` computes once over the whole split stand under their own names; means over batches under
     the metric's name, or `batch_<name>` where a pooled score has that name. `model` is in eval mode already.
     """
     meter = Meter(here.device)
     with torch.no_grad():
-        for batch, counts in here.each(loader.shard()):
+        for (batch, counts), stopping in here.each(loader.shard(), asked):
+            if stopping:
+                raise Stopped
             batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
             window = engine.begin_window(model, [batch], phase, ALONE)
             step = engine.loss(model, batch, phase, window)

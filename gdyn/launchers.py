@@ -149,18 +149,24 @@ def _slurm(info: RankInfo, environ: Mapping[str, str]) -> RankInfo:
     host: str | None = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environ.get("SLURM_STEP_NODELIST", "")).split(",")[0]
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         host = "127.0.0.1"  # Slurm's node names need not resolve
-    # "3,1" -> 3 tasks on node 0, 1 on node 1; "2(x2)" -> 2 on both
-    pattern, counts = r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    per_node = [int(count) for count, times in re.findall(pattern, counts) for _ in range(int(times or 1))]
-    node = number(environ, "SLURM_NODEID")
     return replace(
         info,
         evidence=f"srun, step {job}.{step}",
-        local_size=per_node[node] if node is not None and node < len(per_node) else None,
+        local_size=_tasks_of_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), number(environ, "SLURM_NODEID")),
         master_addr=info.master_addr or host or None,
         master_port=info.master_port or 10000 + (31 * job + step) % 20000,  # below the ephemeral ports
         mpi=environ.get("GDYN_LAUNCHER") != "slurm" and any(environ.get(sign) for sign in _PMI_SIGNS),
     )
+
+
+def _tasks_of_node(counts: str, node: int | None) -> int | None:
+    """ "3,1" is 3 tasks on node 0 and 1 on node 1; "2(x2)" is 2 on both. Not expanded: every rank of thousands asks."""
+    after = 0
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        after += int(times or 1)
+        if node is not None and node < after:
+            return int(count)
+    return None
 
 
 def _single(info: RankInfo, environ: Mapping[str, str]) -> RankInfo:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdyn.collectives import sum_over_ranks
-from gdyn.rundir import RunDir, write_text
+from gdyn.rundir import RunDir, read_metrics, write_text
 
 if TYPE_CHECKING:
     from gdyn.engine import Step
@@ -132,17 +132,6 @@ class Journal:
             self.board.close()
             if self.wandb is not None:
                 self.wandb.finish()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s has a damaged line, which is skipped.", path)
-    return records
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -47,7 +47,7 @@ class EpochReport:
     """The objective and other scores worth a column."""
 
 
-def bar(windows: Iterator[Any], total: int, done: int, label: str, style: Literal["auto", "on", "off"]) -> tqdm:
+def bar(windows: Iterator[Any], total: int, done: int, label: str, style: str) -> tqdm:
     """A progress bar over one epoch's windows; auto: none where standard error is no terminal."""
     hidden = {"auto": None, "on": False, "off": True}[style]
     return tqdm(

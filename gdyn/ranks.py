@@ -11,9 +11,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +49,16 @@ class RankContext:
     device_name: str = "cpu"
     launcher: str = "single"
     evidence: str = "rank 0/1, alone"
+    node: str = field(default_factory=socket.gethostname)
+    """This node as its scheduler calls it."""
+    nodes: int = 1
+    """How many nodes the ranks are on."""
+    first_node: str = ""
+    """Where rank 0 is."""
+    stores: "list[Store]" = field(default_factory=list, repr=False, compare=False)
+    """What `store` returns; emptied when the job is left, for whoever still holds this would keep the port open."""
+    import_seconds: float = 0.0
+    """What importing torch and DeepSpeed took, of the time it took to join."""
 
     @cached_property
     def device(self) -> "torch.device":
@@ -60,15 +71,24 @@ class RankContext:
         """Whether this rank writes files and logs."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Every rank must call this."""
+    @property
+    def store(self) -> "Store | None":
+        """Where the ranks met; it lives and dies with rank 0 (under torchrun: with its agent). None alone."""
+        return self.stores[0] if self.stores else None
+
+    def max(self, number: int) -> int:
+        """The largest `number` of any rank. Every rank must call this."""
         if self.world_size == 1:
-            return bool(flag)
+            return int(number)
         import torch
 
-        flags = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return bool(flags.item())
+        numbers = torch.tensor(int(number), dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+        return int(numbers.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Every rank must call this."""
+        return bool(self.max(bool(flag)))
 
     def barrier(self) -> None:
         """Wait for all ranks. Every rank must call this."""
@@ -94,6 +114,26 @@ class RankContext:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any] | None:
+        """`value` (anything picklable) of each rank, in rank order, on rank 0; None elsewhere. Every rank must call
+        this. What rank 0 alone needs goes this way: `gather` sends world^2 messages."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        values: list[Any] | None = [None] * self.world_size if self.main else None
+        torch.distributed.gather_object(value, values, dst=0)
+        return values
+
+    def limit_collectives(self, seconds: float) -> None:
+        """From now on no collective between devices waits longer for a rank: when one times out, NCCL writes its flight
+        record. On CPUs there is none, and the watchdog says all there is to say. Every rank must call this."""
+        if self.world_size > 1 and self.device.type != "cpu":
+            from torch.distributed import distributed_c10d as c10d
+
+            # Private, but the only way to set it once the run file has been read.
+            c10d._set_pg_timeout(timedelta(seconds=seconds), c10d._get_default_group())
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run the block, then agree on how it went. Every rank must enter; the block may not talk to other ranks.
@@ -108,14 +148,17 @@ class RankContext:
             problem = error
         if self.world_size == 1 and isinstance(problem, UserError):
             raise problem
+        if not self.any(problem is not None):
+            return
         messages = self.gather(problem and str(problem))
         for rank, message in enumerate(messages):
             if message is not None:
                 raise AgreedError(f"[rank {rank}] {message}" if rank else message) from problem
 
-    def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a rank cannot make its next one (UserError, OSError): then all raise, as in `together`.
-        Every rank must iterate, over equally many; making an item may not talk to other ranks."""
+    def each(self, items: Iterable[T], asked: Callable[[], bool] = lambda: False) -> Iterator[tuple[T, bool]]:
+        """(item, whether `asked` said yes on any rank just before it), until a rank cannot make its next item
+        (UserError, OSError): then all raise, as in `together`. Every rank must iterate, over equally many; making an
+        item may not talk to other ranks."""
         iterator = iter(items)
         while True:
             item, problem = None, None
@@ -123,13 +166,14 @@ class RankContext:
                 item = next(iterator, None)
             except (UserError, OSError) as error:
                 problem = error
-            if self.any(problem is not None):
+            told = self.max(2 if problem is not None else int(item is not None and asked()))
+            if told == 2:
                 with self.together():
                     if problem is not None:
                         raise problem
             if item is None:
                 return
-            yield item
+            yield item, bool(told)
 
 
 ALONE = RankContext()
@@ -152,14 +196,15 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
         info, comm = _ask_mpi(info)
     agreed: BaseException | None = None
     try:
-        with _enter(info, comm, timeout_s, rendezvous_s) as (here, store):
+        with _enter(info, comm, timeout_s, rendezvous_s) as here:
             log.info("%s", here.evidence)
             try:
                 yield here
             except BaseException as error:
                 agreed = error
                 if here.world_size > 1 and not isinstance(error, AgreedError):
-                    message = all_failed(store, here, str(error)) if isinstance(error, UserError) else None
+                    assert here.store is not None
+                    message = all_failed(here.store, here, str(error)) if isinstance(error, UserError) else None
                     if message is None:
                         raise
                     agreed = AgreedError(message)
@@ -176,16 +221,23 @@ def join(timeout_s: float = 600, rendezvous_s: float | None = None) -> Iterator[
 
 
 @contextmanager
-def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> "Iterator[tuple[RankContext, Store]]":
+def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> "Iterator[RankContext]":
     """torch.distributed and DeepSpeed's wrapper around it, initialised; destroyed after a good end."""
+    began = time.monotonic()
     import deepspeed
     import torch
+
+    import_seconds = time.monotonic() - began
 
     accelerator = deepspeed.get_accelerator()
     store, info = open_store(info, comm, rendezvous_s)
     assert info.rank is not None and info.world_size is not None and info.local_rank is not None
     index, device_name, identity = _device(accelerator, info.local_rank)
-    check_in(store, info, identity, rendezvous_s)
+    # torchrun's agent serves one store to all of its attempts
+    desk = torch.distributed.PrefixStore(f"gdyn/{info.attempt}", store)
+    stores: list[Store] = [desk]
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    first_node, nodes = check_in(desk, info, identity, rendezvous_s, node)
     with _exported(info, index):
         if device_name != "cpu":
             accelerator.set_device(index)  # before the process group: XPU hangs otherwise
@@ -207,11 +259,19 @@ def _enter(info: RankInfo, comm: Any, timeout_s: float, rendezvous_s: float) -> 
             device_name=device_name,
             launcher=info.launcher,
             evidence=f"rank {info.rank}/{info.world_size} on {host} via {info.evidence}, device {device_name}",
+            node=node,
+            nodes=nodes,
+            first_node=first_node,
+            stores=stores,
+            import_seconds=import_seconds,
         )
         local_size = info.local_size or here.gather(host).count(host)
         os.environ["LOCAL_SIZE"] = str(local_size)  # without it ZeRO-3 forks numactl in every step on CPU
-        yield replace(here, local_size=local_size), store
-        deepspeed.comm.destroy_process_group()
+        try:
+            yield replace(here, local_size=local_size)
+            deepspeed.comm.destroy_process_group()
+        finally:
+            stores.clear()
 
 
 def _avoid_compilation() -> None:
@@ -334,4 +394,16 @@ def _abort(comm: Any, error: BaseException) -> None:
         code = error.code
     sys.stdout.flush()
     sys.stderr.flush()
+    if code != 2:
+        _let_go()
     comm.Abort(code)
+
+
+def _let_go(seconds: float = 4) -> None:
+    """Close the connections to the other ranks, which then notice at once, and give them time to say where they are:
+    MPI's abort leaves them none."""
+    import torch
+
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+        time.sleep(seconds)

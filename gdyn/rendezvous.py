@@ -71,14 +71,14 @@ def _await_port(info: RankInfo, timeout_s: float) -> None:
             time.sleep(0.1)
 
 
-def check_in(store: "Store", info: RankInfo, device: str | None, timeout_s: float) -> None:
-    """Return when all ranks are here, each once and each with a `device` of its own (None: the CPU, for all).
+def check_in(desk: "Store", info: RankInfo, device: str | None, timeout_s: float, node: str = "") -> tuple[str, int]:
+    """Return when all ranks are here, each once and each with a `device` of its own (None: the CPU, for all): the node
+    of rank 0, and how many nodes there are.
 
     Every rank must call this. Otherwise UserError with the same message on every rank that came.
     """
-    from torch.distributed import DistError, PrefixStore
+    from torch.distributed import DistError
 
-    desk = PrefixStore(f"gdyn/{info.attempt}", store)
     place = f"{info.master_addr}:{info.master_port}"
     try:
         problem = ""
@@ -92,8 +92,14 @@ def check_in(store: "Store", info: RankInfo, device: str | None, timeout_s: floa
                 f"Two ranks share the device {device}. Start as many ranks per node as it has devices, and let each "
                 "rank see its own (srun --gpus-per-task=1) or all of them."
             )
+        if problem:
+            desk.set("problem", problem)  # before arriving, so that whoever arrives last knows
+        desk.set(f"node/{info.rank}", node)
+        desk.add("nodes", int(info.local_rank == 0))
         all_here = desk.add("arrived", 1) == info.world_size
-        if (problem or all_here) and not desk.check(["verdict"]):
+        if all_here and desk.check(["problem"]):
+            problem = desk.get("problem").decode()
+        if problem or all_here:
             desk.set("verdict", problem)
         deadline, pause = time.monotonic() + timeout_s, 0.01
         while not desk.check(["verdict"]):
@@ -107,28 +113,52 @@ def check_in(store: "Store", info: RankInfo, device: str | None, timeout_s: floa
             time.sleep(pause)
             pause = min(1.5 * pause, 0.25)
         problem = problem or desk.get("verdict").decode()
+        if not problem:
+            return desk.get("node/0").decode(), desk.add("nodes", 0)
     except DistError as error:
         raise UserError(f"Rank {info.rank} lost rank 0 while the ranks were meeting; see rank 0's message.") from error
-    if problem:
-        if info.rank == 0:
-            time.sleep(1)  # the store ends with this process: let the others read why
-        raise UserError(problem)
+    if info.rank == 0:
+        time.sleep(1)  # the store ends with this process: let the others read why
+    raise UserError(problem)
 
 
-def all_failed(store: "Store", here: "RankContext", message: str, timeout_s: float = 3) -> str | None:
+def all_failed(desk: "Store", here: "RankContext", message: str, timeout_s: float = 3) -> str | None:
     """Rank 0's message if every rank fails with one, within seconds; None if some rank still works. Every rank that
     fails must call this."""
     from torch.distributed import DistError
 
     try:
         if here.main:
-            store.set("gdyn/failure", message)
-        store.add("gdyn/failures", 1)
-        deadline = time.monotonic() + timeout_s
-        while store.add("gdyn/failures", 0) < here.world_size:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.05)
-        return store.get("gdyn/failure").decode()
+            desk.set("failure", message)
+        if not _all_add("failures", desk, here.world_size, timeout_s):
+            return None
+        return desk.get("failure").decode()
     except DistError:  # the store ended with rank 0
         return None
+
+
+def roll_call(desk: "Store", here: "RankContext", timeout_s: float = 3) -> list[tuple[int, str]] | None:
+    """(rank, node) of those that do not answer within `timeout_s`, on rank 0; an empty list elsewhere. None if rank 0
+    itself is gone. Every rank that has lost another must call this."""
+    from torch.distributed import DistError
+
+    try:
+        desk.set(f"alive/{here.rank}", "")
+        desk.add("alive", 1)
+        if not here.main or _all_add("alive", desk, here.world_size, timeout_s, amount=0):
+            return []
+        missing = [rank for rank in range(here.world_size) if not desk.check([f"alive/{rank}"])]
+        return [(rank, desk.get(f"node/{rank}").decode()) for rank in missing]
+    except DistError:
+        return None
+
+
+def _all_add(key: str, desk: "Store", world_size: int, timeout_s: float, amount: int = 1) -> bool:
+    """Add to a counter, and whether it reaches the number of ranks in time."""
+    desk.add(key, amount)
+    deadline = time.monotonic() + timeout_s
+    while desk.add(key, 0) < world_size:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,9 +17,13 @@ from typing import Any
 
 from gdyn.errors import MissingFile, UserError
 
-DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
-"""Exit codes of every program: finished; unforeseen failure; the user can mend it; stopped early with a checkpoint,
-start me again."""
+log = logging.getLogger("gdyn")
+
+DONE, FAILED, USER_ERROR, HUNG, STOPPED = 0, 1, 2, 71, 75
+"""Exit codes of every program: finished; unforeseen failure; the user can mend it; no progress, the stacks are in the
+log; stopped early with a checkpoint, start me again."""
+STATES = {DONE: "done", FAILED: "failed", USER_ERROR: "user_error", HUNG: "hung", STOPPED: "stopped"}
+RUNNING = "running"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,6 +41,19 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def create_json(path: Path, content: Any) -> bool:
+    """Write a file that is not there yet; of several processes that try, one succeeds. Whether this one did."""
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    write_json(partial, content)
+    try:
+        os.link(partial, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+
+
 def read_json(path: Path) -> Any:
     """Raises: MissingFile, UserError (naming the file) where it is not JSON."""
     try:
@@ -44,6 +62,17 @@ def read_json(path: Path) -> Any:
         raise MissingFile(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore or remove it.") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s has a damaged line, which is skipped.", path)
+    return records
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,25 @@ class RunDir:
     @property
     def status_json(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def job(self) -> Path:
+        """What `gdyn submit` made: the script, the run file and the DeepSpeed JSON as they were then."""
+        return self.path / "job"
+
+    @property
+    def heartbeat_json(self) -> Path:
+        """Where the run is, a few seconds old while it lives."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def failure_json(self) -> Path:
+        """The rank that failed first in the last start, and how. Absent if none did."""
+        return self.path / "failure.json"
+
+    @property
+    def preflight_json(self) -> Path:
+        return self.path / "preflight.json"
 
     @property
     def log(self) -> Path:
@@ -130,29 +178,39 @@ class RunDir:
             )
         return self
 
-    def write_status(self, code: int, reason: str) -> None:
-        """The verdict in a file, because launchers lose exit codes. `state` is a word for scripts: done, failed,
-        user_error, stopped."""
-        state = {DONE: "done", FAILED: "failed", USER_ERROR: "user_error", STOPPED: "stopped"}[code]
+    def write_status(self, code: int | None, reason: str) -> None:
+        """The verdict in a file, because launchers lose exit codes. `state` is a word for scripts: running (code None),
+        done, failed, user_error, hung, stopped."""
+        state = RUNNING if code is None else STATES[code]
         write_json(
             self.status_json, {"exit_code": code, "state": state, "reason": reason, "time": time.strftime("%FT%T%z")}
         )
 
-    def write_provenance(self, launch: Mapping[str, Any]) -> None:
-        """Append how this start was made (commit, versions, host, launcher facts in `launch`) to the run's history."""
-        starts = read_json(self.provenance_json) if self.provenance_json.exists() else []
-        starts.append(
-            {
-                "time": time.strftime("%FT%T%z"),
-                "command": sys.argv,
-                "git_commit": git_commit(),
-                "host": platform.node(),
-                "python": platform.python_version(),
-                "versions": versions(),
-                **launch,
-            }
-        )
-        write_json(self.provenance_json, starts)
+    def begin_start(self, launch: Mapping[str, Any]) -> None:
+        """Append how this start was made (commit, versions, host, launcher facts in `launch`) to the run's history, and
+        clear what the last one left. Rank 0 calls this."""
+        self.failure_json.unlink(missing_ok=True)
+        self.write_status(None, "")
+        start = {
+            "time": time.strftime("%FT%T%z"),
+            "command": sys.argv,
+            "git_commit": git_commit(),
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "versions": versions(),
+            **launch,
+        }
+        write_json(self.provenance_json, [*self.starts(), start])
+
+    def amend_start(self, facts: Mapping[str, Any]) -> None:
+        """Add what has become known of the present start. Rank 0 calls this."""
+        starts = self.starts()
+        if starts:
+            write_json(self.provenance_json, [*starts[:-1], starts[-1] | dict(facts)])
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start of this run, oldest first."""
+        return list(read_json(self.provenance_json)) if self.provenance_json.exists() else []
 
 
 def git_commit() -> str:

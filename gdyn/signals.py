@@ -1,7 +1,8 @@
 """Reasons to stop early on this rank: a signal, or the end of the wall time. Pure standard library.
 
-Handlers only take a note. Acting on it is the trainer's: `if here.any(stop.due(now, seconds)): save and leave`, because
-most launchers do not deliver a signal to every rank.
+Handlers only take a note. Acting on it is the trainer's, which asks before each piece of work, and agrees with the
+other ranks, because most launchers do not deliver a signal to every rank. `launch/train.py` enters this before anything
+is imported that takes time: a process without a handler is killed by the very signal that was to save its work.
 """
 
 import signal
@@ -17,7 +18,8 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 class StopRequest:
     """Context manager that notes the first reason to stop in `reason` (None: go on).
 
-    deadline: time.monotonic() by which the process must have ended, or None. Main thread only, as signals are.
+    deadline: time.monotonic() by which the process must have ended, or None; it may be set later. Main thread only, as
+    signals are.
     A second Ctrl-C raises KeyboardInterrupt, for those who do not want to wait for the checkpoint.
     """
 

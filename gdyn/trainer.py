@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdyn import ds_config, ds_engine, progress
+from gdyn import ds_config, ds_engine, progress, watchdog
 from gdyn.checkpoints import Checkpoint, CheckpointStore, full_weights, phases_of
 from gdyn.config import RunConfig
 from gdyn.ds_config import DsConfig
 from gdyn.errors import UserError
-from gdyn.evaluation import evaluate
+from gdyn.evaluation import Stopped, evaluate
 from gdyn.inference import choose, load_weights, weights_of
 from gdyn.loader import Batch, Loader
 from gdyn.metrics import Journal, Meter
@@ -24,6 +24,7 @@ from gdyn.phases import Phase, Position
 from gdyn.ranks import RankContext
 from gdyn.rundir import RunDir, write_json
 from gdyn.signals import StopRequest
+from gdyn.watchdog import Watchdog
 
 log = logging.getLogger("gdyn")
 
@@ -34,8 +35,17 @@ class Trainer:
     Raises: UserError for data, batch sizes or a DeepSpeed JSON that cannot work together.
     """
 
-    def __init__(self, config: RunConfig, here: RankContext, run_dir: RunDir, recipe: DsConfig, stop: StopRequest):
+    def __init__(
+        self,
+        config: RunConfig,
+        here: RankContext,
+        run_dir: RunDir,
+        recipe: DsConfig,
+        stop: StopRequest,
+        watch: Watchdog | None = None,
+    ):
         self.config, self.here, self.run_dir, self.stop = config, here, run_dir, stop
+        self.watch = watch or Watchdog(here)
         self.engine, self.plan = config.engine, config.plan
         self.datasets = self.engine.datasets()
         wishes = config.optimization
@@ -56,7 +66,11 @@ class Trainer:
         self.ds: Any = None
         self.trains: list[str] = []
         self.console = progress.Console(config.logging.style, run_dir.checkpoints)
-        self.checkpoint_seconds, self.window_began = 1.0, time.monotonic()
+        self.checkpoint_seconds, self.asked_at = 1.0, time.monotonic()
+        self.position = Position()
+        """What is next; up to date whenever `stop` is asked."""
+        self.startup: dict[str, float] = {}
+        """Seconds until the first optimizer step was done, by what they went into."""
 
     # -- the table of contents ----------------------------------------------------------------------------------------
 
@@ -67,21 +81,19 @@ class Trainer:
         position = self._begin(checkpoint)
         journal = Journal(self.run_dir, self.here.main, position.step, self.config.hyper_parameters, self.config.wandb)
         self.journal, self.trained, self.seconds = journal, 0, 0.0
-        self.saved = position
-        while not self.plan.done(position):
-            if self._stopping():
-                if position != self.saved:  # an epoch after which no checkpoint was due
-                    self._save(position)
+        self.position = self.saved = position
+        while not self.plan.done(self.position):
+            self._enter(self.position, checkpoint)
+            if not self._train_epoch(checkpoint):
                 break
-            self._enter(position, checkpoint)
-            position = self._train_epoch(position, checkpoint)
             checkpoint = None
         self._release()
-        return position
+        return self.position
 
     def finish(self, position: Position) -> dict[str, Any]:
         """Score the best checkpoint on validation and test, write summary.json and return it. Every rank must call
         this."""
+        self.watch.at("final evaluation")
         chosen = choose(self.store, self.config, "best")
         model = self.engine.model()
         load_weights(model, chosen.weights(), str(chosen.path))
@@ -90,7 +102,9 @@ class Trainer:
         scores: dict[str, dict[str, Any]] = {}
         for split in ("validation", "test"):
             if split in self.datasets:
-                scores[split], _ = evaluate(self.engine, model, self._whole(split), phase, self.here)
+                scores[split], _ = evaluate(
+                    self.engine, model, self._whole(split), phase, self.here, lambda: self._progress("final evaluation")
+                )
         if "test" in scores:
             # Validation is in the summary only: its lines are of the epochs, and stay unique when a finished run is
             # resumed.
@@ -175,6 +189,8 @@ class Trainer:
     def _enter(self, position: Position, checkpoint: Checkpoint | None) -> None:
         """Make `ds` for the phase of `position`, unless the present one trains the same parameters. Every rank must
         call this."""
+        began = time.monotonic()
+        self._progress("initializing")
         phase = self.plan.phase(position)
         if self.ds is None or (position.epoch == 0 and position.sample == 0):
             first = self.plan.global_epoch(position) + 1  # as printed, from 1
@@ -201,13 +217,15 @@ class Trainer:
             if checkpoint.record["trains"] != self.trains:
                 checkpoint = None  # the optimizer state of another trainable set has no place to go
         self._initialize(model, phase, checkpoint)
+        self.startup.setdefault("initialize", time.monotonic() - began)
 
     def _initialize(self, model: nn.Module, phase: Phase, checkpoint: Checkpoint | None) -> None:
         import deepspeed
 
         ds_json, tag = dict(self.ds_json), ""
         if checkpoint is not None:
-            tag, universal = self.store.reshape(checkpoint, ds_config.zero_stage(ds_json))
+            with self.watch.away("converting the checkpoint"):
+                tag, universal = self.store.reshape(checkpoint, ds_config.zero_stage(ds_json))
             if universal:
                 ds_json["checkpoint"] = {**ds_json.get("checkpoint", {}), "load_universal": True}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -215,6 +233,7 @@ class Trainer:
             "%d trainable parameters of %d.", ds_engine.count(trainable), ds_engine.count(list(model.parameters()))
         )
         groups = self.engine.param_groups(model, phase) or trainable
+        self.here.limit_collectives(self.watch.limit + watchdog.COLLECTIVES)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_json)
         if checkpoint is not None:
             self.store.load(self.ds, checkpoint, tag)
@@ -228,18 +247,22 @@ class Trainer:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, position: Position, checkpoint: Checkpoint | None) -> Position:
-        """Train to the end of the epoch, validate and save; or, if a stop is requested, save at once. Returns what is
-        next. `checkpoint`: what this run has just resumed from. Every rank must call this."""
-        phase, epoch = self.plan.phase(position), self.plan.global_epoch(position)
+    def _train_epoch(self, checkpoint: Checkpoint | None) -> bool:
+        """Train from `position` to the end of its epoch, validate and save; false if a stop was requested meanwhile,
+        and everything until then is saved. `checkpoint`: what this run has just resumed from. Every rank must call
+        this."""
+        phase, epoch = self.plan.phase(self.position), self.plan.global_epoch(self.position)
         total, recent = self._meters(checkpoint)
         started = lapped = time.perf_counter()
-        first_step = lap_step = position.step
+        first_step = lap_step = self.position.step
         self.ds.train()
-        for batches in self.here.each(self._bar(position)):
-            due = (position.step + 1) % self.config.logging.every_steps == 0
-            gradient_norm = self._train_window(batches, phase, position.step, recent, due)
-            position = self.plan.after_window(position, self.loader.window_size)
+        for batches, stopping in self.here.each(self._bar(self.position), lambda: self._asked("training")):
+            if stopping:
+                self._save_within_epoch(total, recent)
+                return False
+            due = (self.position.step + 1) % self.config.logging.every_steps == 0
+            gradient_norm = self._train_window(batches, phase, self.position.step, recent, due)
+            position = self.position = self.plan.after_window(self.position, self.loader.window_size)
             if due:
                 values = recent.means() | {"lr": self._learning_rate(), "grad_norm": gradient_norm}
                 self._refuse_nan(values, position)
@@ -248,22 +271,28 @@ class Trainer:
                 self.journal.write(values, step=position.step, phase=phase.label, epoch=epoch, split="train")
                 total.absorb(recent)
                 recent, lapped, lap_step = Meter(self.here.device), now, position.step
+            if "first_window" not in self.startup:
+                self._started_up(time.perf_counter() - started)
             every = self.config.checkpointing.every_steps
-            stopping = self._stopping()
-            if stopping or (every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch):
-                self._save(position, meters=self.here.gather([total.sums_by_name(), recent.sums_by_name()]))
-            if stopping:
-                return position
+            if every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
+                self._save_within_epoch(total, recent)
+        position, seconds = self.position, time.perf_counter() - started
+        self.ds.eval()
+        whole = self._whole("validation")
+        try:
+            validation, last = evaluate(
+                self.engine, self.ds, whole, phase, self.here, lambda: self._asked("validation")
+            )
+        except Stopped:  # it starts anew when the run goes on
+            self._save_within_epoch(total, recent)
+            return False
         total.absorb(recent)
         train = total.means()
         self._refuse_nan(train, position)
-        seconds = time.perf_counter() - started
         samples = (position.step - first_step) * self.loader.window_size
         self.trained, self.seconds = self.trained + samples, self.seconds + seconds
-        self.ds.eval()
-        validation, last = evaluate(self.engine, self.ds, self._whole("validation"), phase, self.here)
         self.journal.write(validation, step=position.step, phase=phase.label, epoch=epoch, split="validation")
-        position, improved, tag = self._end_epoch(position, validation)
+        self.position, improved, tag = self._end_epoch(position, validation)
         report = progress.EpochReport(
             epoch=epoch + 1,
             epochs=self.plan.epochs,
@@ -280,7 +309,7 @@ class Trainer:
             shown=list(dict.fromkeys([phase.objective, *self.engine.shown])),
         )
         self.console.epoch(report)
-        return position
+        return True
 
     def _meters(self, checkpoint: Checkpoint | None) -> tuple[Meter, Meter]:
         """Of the epoch and since the last line of metrics; with what they had counted before an interruption within the
@@ -345,6 +374,7 @@ class Trainer:
 
     def _save(self, position: Position, **facts: Any) -> str:
         """Every rank must call this."""
+        self._progress("saving")
         facts = {
             "engine": type(self.engine).__name__,
             "seed": self.config.seed,
@@ -359,14 +389,34 @@ class Trainer:
         self.saved = position
         return tag
 
-    def _stopping(self) -> bool:
-        """Whether any rank was asked to stop, or has just time enough left for a window and a checkpoint. Every rank
-        must call this: most launchers do not deliver a signal to all."""
+    def _save_within_epoch(self, total: Meter, recent: Meter) -> None:
+        """Save, with what the epoch's meters have counted. Every rank must call this."""
+        if self.position != self.saved:
+            self._save(self.position, meters=self.here.collect([total.sums_by_name(), recent.sums_by_name()]))
+
+    def _asked(self, stage: str) -> bool:
+        """Whether this rank was asked to stop, or has just time enough left for a piece of work and a checkpoint.
+        Called before each piece: it is also the sign that the run gets on."""
+        self._progress(stage)
         now = time.monotonic()
         # Twice the slowest so far: file systems have bad moments, and a lost checkpoint costs more than a short job.
-        needed = 2 * (now - self.window_began + self.checkpoint_seconds)
-        self.window_began = now
-        return self.here.any(self.stop.due(now, needed))
+        needed = 2 * (now - self.asked_at + self.checkpoint_seconds)
+        self.asked_at = now
+        return self.stop.due(now, needed)
+
+    def _progress(self, stage: str) -> bool:
+        """Tell the watchdog; false, so that it can stand where an evaluation asks whether to stop."""
+        phase = "" if self.plan.done(self.position) else self.plan.phase(self.position).label
+        self.watch.at(stage, phase, self.plan.global_epoch(self.position), self.position.step)
+        return False
+
+    def _started_up(self, first_window: float) -> None:
+        """Say, and put on record, what the time until the first optimizer step went into."""
+        self.startup["first_window"] = first_window
+        parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in self.startup.items())
+        log.info("first step after %.1f s: %s.", sum(self.startup.values()), parts)
+        if self.here.main:
+            self.run_dir.amend_start({"startup": {name: round(s, 3) for name, s in self.startup.items()}})
 
     def _whole(self, split: str) -> Loader:
         """The loader of a split that is evaluated."""
@@ -383,7 +433,7 @@ class Trainer:
         epoch = self.plan.global_epoch(position)
         label = f"epoch {epoch + 1}/{self.plan.epochs} {self.plan.phase(position).label}"
         done = position.sample // self.loader.window_size
-        style = self.config.logging.progress if self.here.main else "off"
+        style = str(self.config.logging.progress) if self.here.main else "off"
         return progress.bar(
             self.loader.windows(epoch, position.sample), self.loader.windows_per_epoch, done, label, style
         )

@@ -12,11 +12,10 @@ from gdyn import ds_config
 from gdyn.checkpoints import CheckpointStore
 from gdyn.config import Checkpointing, Logging, Optimization, RunConfig
 from gdyn.engines.vamp.engine import Vamp
-from gdyn.metrics import read_metrics
 from gdyn.phases import Phase
 from gdyn.ranks import ALONE, RankContext
 from gdyn.recipes import bundled
-from gdyn.rundir import RunDir
+from gdyn.rundir import RunDir, read_metrics
 from gdyn.trainer import Trainer
 from tests.data import write_trajectory
 
@@ -54,20 +53,30 @@ def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int]
 
 
 class StopAfter:
-    """A stop request that comes due after so many windows of the run's first epoch."""
+    """A stop request that comes due once this start has done so many windows: before the next piece of work, or, with
+    `between_epochs`, before the next epoch."""
 
     reason = "the test asked for it"
 
-    def __init__(self, windows: int | None):
-        self.asked, self.windows = -1, windows  # -1: the trainer also asks before the first window
+    def __init__(self, windows: int | None, between_epochs: bool = False):
+        self.windows, self.between_epochs = windows, between_epochs
+        self.trainer: Trainer | None = None
+        self.first: int | None = None
 
     def due(self, now: float, seconds_needed: float) -> bool:
-        self.asked += 1
-        return self.windows is not None and self.asked >= self.windows
+        assert self.trainer is not None
+        position = self.trainer.position
+        self.first = position.step if self.first is None else self.first
+        due = self.windows is not None and position.step - self.first >= self.windows
+        return due and not (self.between_epochs and position.sample)
 
 
 def train(
-    here: RankContext, config: RunConfig, stop_after: int | None = None, kind: Callable[..., Trainer] = Trainer
+    here: RankContext,
+    config: RunConfig,
+    stop_after: int | None = None,
+    kind: Callable[..., Trainer] = Trainer,
+    between_epochs: bool = False,
 ) -> Trainer:
     """What launch/train.py does, without its logging and signals. Every rank must call this. Returns the trainer."""
     run_dir = RunDir(Path(config.run_dir))
@@ -75,7 +84,8 @@ def train(
         run_dir.create()
         run_dir.run_yaml.write_text(config.to_yaml())
     here.barrier()
-    trainer = kind(config, here, run_dir, ds_config.read(config.deepspeed), StopAfter(stop_after))
+    stop = StopAfter(stop_after, between_epochs)
+    trainer = stop.trainer = kind(config, here, run_dir, ds_config.read(config.deepspeed), stop)
     position = trainer.fit()
     if trainer.plan.done(position):
         trainer.finish(position)
@@ -84,9 +94,9 @@ def train(
     return trainer
 
 
-def run(here: RankContext, config: RunConfig, stop_after: int | None = None) -> None:
+def run(here: RankContext, config: RunConfig, stop_after: int | None = None, between_epochs: bool = False) -> None:
     """`train` for `run_ranks`, whose results must be picklable."""
-    train(here, config, stop_after)
+    train(here, config, stop_after, between_epochs=between_epochs)
 
 
 def store(config: RunConfig) -> CheckpointStore:
@@ -108,3 +118,12 @@ def summary(config: RunConfig) -> dict[str, Any]:
     """summary.json without what a clock measured."""
     content = json.loads(RunDir(Path(config.run_dir)).summary_json.read_text())
     return {name: value for name, value in content.items() if name != CLOCK}
+
+
+def assert_same(found: RunConfig, expected: RunConfig) -> None:
+    """Bit for bit: weights, every line of metrics.jsonl, summary.json."""
+    one, other = weights(found), weights(expected)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert metrics(found) == metrics(expected)
+    assert summary(found) == summary(expected)

@@ -148,6 +148,14 @@ def test_paths_of_data_hold_from_any_folder(run_file) -> None:
     assert engine.train == [str(Path("a").absolute())]
 
 
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("on", "on"), ("auto", "auto"), ("'off'", "off")])
+def test_on_and_off_are_words_though_yaml_reads_them_as_true_and_false(tmp_path, written, meant) -> None:
+    text = yaml.safe_dump(RUN) + f"preflight: {written}\nlogging: {{progress: {written}}}\n"
+    found = parse(["--config", write(tmp_path, text)]).config
+    assert (found.preflight, found.logging.progress) == (meant, meant)
+    assert parse(["--config", write(tmp_path, found.to_yaml(), "own.yaml")]).config == found
+
+
 def test_the_runs_own_copy_is_the_same_run(run_file, tmp_path) -> None:
     found = parse(["--config", run_file, "--engine.epsilon", "1e-7"]).config
     assert config.load(Path(write(tmp_path, found.to_yaml(), "copy.yaml"))) == found
