@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from gdyn.metrics import read_metrics
+from gdyn.rundir import read_metrics
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, then Tol's for those who have many states.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#444444", "#AA9988")
