@@ -2,8 +2,15 @@
 
 phases                                   Phase, Plan, Position: what is next, in pure arithmetic
 rundir, errors                           where things of a run go; what a user can cause
+sites, schedulers                        a machine's script and facts; its queue
+run_files, jobs, submission              a run file without torch; a request made into a job; written and handed in
+supervisor, attempts, processes          what a job script starts: restarts, spares, hand-over; what files say
+planning, comparison                     what more nodes would cost; runs side by side
+lint                                     what is known to be wrong with a job script: reader, rules, findings
 recipes, ds_config, ds_keys, ds_machine  the DeepSpeed JSON: found, completed, checked against DeepSpeed and machine
 ranks, launchers, rendezvous, signals    who this process is, how it was found, where ranks meet; who asks to stop
+watchdog, failures                       a rank that gets nowhere ends the job; the rank at fault is named
+preflight                                is this job healthy: links, storage, memory, versions; which node is to blame
 engine, engines, nn, collectives         the contract of a model family; the families (vamp) and what they share
 config, gdynet                           a run file, ours or GDyNet's, read into a RunConfig
 trainer, ds_engine, loader, checkpoints  the one loop, over DeepSpeed; whole windows in; positions saved and found

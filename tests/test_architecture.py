@@ -23,7 +23,9 @@ SOURCES = sorted([*(ROOT / "gdyn").rglob("*.py"), *(ROOT / "launch").glob("*.py"
 LIGHT = {
     *("gdyn", "gdyn.cli", "gdyn.errors", "gdyn.phases", "gdyn.rundir", "gdyn.schedules", "gdyn.signals"),
     *("gdyn.recipes", "gdyn.ds_config", "gdyn.ds_keys", "gdyn.ds_machine"),
-    *("gdyn.ranks", "gdyn.launchers", "gdyn.rendezvous", "launch.train"),
+    *("gdyn.ranks", "gdyn.launchers", "gdyn.rendezvous", "gdyn.watchdog", "gdyn.failures"),
+    *("gdyn.schedulers", "gdyn.supervisor", "gdyn.attempts", "gdyn.processes", "gdyn.planning"),
+    *("launch.train", "launch.preflight", "launch.supervise"),
 }
 """Need the standard library only to be imported: tested in milliseconds, usable on login nodes, and mpi4py can still be
 imported before torch."""
@@ -160,9 +162,16 @@ def test_run_file_of_an_example_parses(path: Path, monkeypatch: pytest.MonkeyPat
     assert parse(["--config", str(path)]).config.plan.epochs > 0
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "gdyn/DESIGN.md"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("README.md", "CONTRIBUTING.md", "gdyn/DESIGN.md", "benchmarks/README.md"),
+        *("job_templates/README.md", "job_templates/TROUBLESHOOTING.md"),
+    ],
+)
 def test_document_names_only_what_exists(path: str) -> None:
     text = (ROOT / path).read_text()
+    assert set(re.findall(r"(?:`|^)gdyn ([a-z-]+)", text, re.MULTILINE)) <= COMMANDS.keys()
     folders = "launch|gdyn|ds_configs|job_templates|examples|benchmarks|tests"
     files = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*\w", text)
     assert [name for name in files if not (ROOT / name).exists() and "/data" not in name] == []
@@ -175,7 +184,7 @@ def test_readmes_run_files_parse_and_its_commands_exist(tmp_path: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
         (tmp_path / "run.yaml").write_text(block)
         assert parse(["--config", str(tmp_path / "run.yaml")]).config.plan.epochs > 0
-    assert set(re.findall(r"(?:`|^)gdyn ([a-z]+)", text, re.MULTILINE)) == COMMANDS.keys()
+    assert set(re.findall(r"(?:`|^)gdyn ([a-z-]+)", text, re.MULTILINE)) == COMMANDS.keys()
 
 
 def tracked_files() -> list[Path]:
