@@ -3,12 +3,19 @@
 The order of an epoch is a function of seed and epoch alone. Window w is the next `window_size` samples of that order,
 cut into micro-batches and dealt to the ranks, so the *set* of samples in a window does not depend on how many ranks
 share it.
+
+Where samples differ in size (`Dataset.sizes`), they are dealt so that the micro-batches of a window are about equally
+large. Where an engine also bounds that size (`Engine.max_size`), a window ends before its samples cannot be dealt
+within the bound: its samples then depend on the product of ranks and accumulation, not on how it is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,50 +46,97 @@ class Loader:
     """A quick run: at most so many windows per epoch, and as many samples of what is evaluated."""
     overfit_windows: int | None = None
     """A sanity check: the same few windows in every epoch."""
+    max_size: int | None = None
+    """The largest sum of sizes of a micro-batch; None: only `micro_batch` bounds it."""
+    size_key: str = "max_size"
+    """The key of the run file that sets `max_size`."""
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return self.accumulation * self.here.world_size
 
     @property
     def window_size(self) -> int:
-        """Samples of one optimizer step, over all ranks."""
-        return self.micro_batch * self.accumulation * self.here.world_size
+        """Samples of one optimizer step, over all ranks; with a `max_size`, the most it can have."""
+        return self.micro_batch * self.pieces
 
-    @property
-    def windows_per_epoch(self) -> int:
+    def ends(self, epoch: int, start: int = 0) -> np.ndarray:
+        """How many samples of the epoch's order are done after each of its windows, from the `start`-th sample on."""
+        if self.overfit_windows is not None:
+            epoch = 0
         limits = [limit for limit in (self.limit_windows, self.overfit_windows) if limit is not None]
-        return min([len(self.dataset) // self.window_size, *limits])
+        whole = self._ends(epoch, 0)[: min(limits, default=None)]
+        if not start or not len(whole):
+            return whole
+        rest = self._ends(epoch, start)
+        return rest[rest <= whole[-1]]
+
+    def windows_per_epoch(self, epoch: int) -> int:
+        """With a `max_size` it differs a little from epoch to epoch."""
+        return len(self.ends(epoch))
+
+    def samples_per_epoch(self, epoch: int) -> int:
+        return int(self.ends(epoch)[-1]) if self.windows_per_epoch(epoch) else 0
 
     @property
-    def samples_per_epoch(self) -> int:
-        return self.windows_per_epoch * self.window_size
+    def samples_per_window(self) -> float:
+        """Mean of the first epoch."""
+        return self.samples_per_epoch(0) / max(1, self.windows_per_epoch(0))
 
     @property
     def remainder(self) -> int:
-        """Samples an epoch leaves out because they do not fill a window; others in every epoch."""
-        return len(self.dataset) % self.window_size
+        """Samples an epoch (with a `max_size`: the first) leaves out because they do not fill a window; others in every
+        epoch."""
+        whole = self._ends(0, 0)
+        return len(self.dataset) - (int(whole[-1]) if len(whole) else 0)
+
+    def __str__(self) -> str:
+        """The batch in a sentence."""
+        split = f"x accumulation {self.accumulation} x {self.here.world_size} ranks"
+        batch = f"global batch {self.window_size} = micro-batch {self.micro_batch} {split}"
+        steps = f"{self.windows_per_epoch(0)} steps per epoch"
+        if self.max_size is not None:
+            batch = (
+                f"global batch {self.samples_per_window:.0f} on average: micro-batches of at most {self.micro_batch} "
+                f"samples and {self.size_key} {self.max_size} {split}"
+            )
+            steps = f"{self.windows_per_epoch(0)} steps in the first epoch"
+        return f"{batch}; {steps}, {self.remainder} of {len(self.dataset)} samples left over."
 
     def check(self) -> None:
-        """Raises: UserError if the data set does not fill one window."""
-        if len(self.dataset) < self.window_size:
+        """Raises: UserError if the data set does not fill one window, or a sample no micro-batch may hold."""
+        self.check_sizes()
+        if not len(self._ends(0, 0)):
+            bound = "" if self.max_size is None else f" of at most {self.size_key} {self.max_size}"
             raise UserError(
                 f"the training set has {len(self.dataset)} samples, one optimizer step takes {self.window_size} "
-                "(micro-batch "
-                f"{self.micro_batch} x accumulation {self.accumulation} x {self.here.world_size} ranks); lower the "
-                "batch size or "
-                "the number of ranks."
+                f"(micro-batch {self.micro_batch}{bound} x accumulation {self.accumulation} x {self.here.world_size} "
+                "ranks); lower the batch size or the number of ranks."
+            )
+
+    def check_sizes(self) -> None:
+        """Raises: UserError naming the largest sample if it exceeds `max_size`."""
+        if self.max_size is None:
+            return
+        sizes = self._sizes
+        largest = int(sizes.argmax())
+        if sizes[largest] > self.max_size:
+            names = getattr(self.dataset, "identifiers", None)
+            raise UserError(
+                f"{f'sample {largest}' if names is None else names[largest]} has the size {sizes[largest]}, but "
+                f"{self.size_key} = {self.max_size} bounds a micro-batch ({int((sizes > self.max_size).sum())} of "
+                f"{len(sizes)} samples are larger); raise {self.size_key} to {sizes[largest]} or more, or leave these "
+                "samples out of the data."
             )
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each window of an epoch, from the `start`-th sample of its order on."""
-        if self.overfit_windows is not None:
-            epoch = 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        end = self.samples_per_epoch
-        pieces = []
-        for window in range(start, end - self.window_size + 1, self.window_size):
-            for micro in range(self.accumulation):
-                first = window + (micro * self.here.world_size + self.here.rank) * self.micro_batch
-                pieces.append(np.sort(order[first : first + self.micro_batch]))
-        batches = self._fetch(pieces)
-        for _ in range(len(pieces) // self.accumulation):
+        ends, order = self.ends(epoch, start), self._order(epoch)
+        batches = self._fetch(
+            piece for first, last in pairwise([start, *ends]) for piece in self._share(order[first:last])
+        )
+        for _ in ends:
             yield [next(batches) for _ in range(self.accumulation)]
 
     def shard(self) -> Iterator[tuple[Batch, bool]]:
@@ -92,23 +146,91 @@ class Loader:
         n, world = len(self.dataset), self.here.world_size
         if self.limit_windows is not None:
             n = min(n, self.limit_windows * self.window_size)  # the same samples for any number of ranks
-        bounds = np.arange(world + 1) * n // world
-        first, last = bounds[self.here.rank], bounds[self.here.rank + 1]
-        rounds = -(-int(np.diff(bounds).max()) // self.micro_batch)
-        starts = [first + i * self.micro_batch for i in range(rounds)]
-        real = [start < last for start in starts]
-        pieces = [
-            np.arange(start, min(start + self.micro_batch, last)) if counts else np.array([min(first, n - 1)])
-            for start, counts in zip(starts, real, strict=True)
-        ]
-        yield from zip(self._fetch(pieces), real, strict=True)
+        if self.max_size is None:
+            total = np.arange(n + 1)
+        else:
+            total = np.concatenate([[0], self._sizes[:n].cumsum()])
+        bounds = np.searchsorted(total, np.arange(world + 1) * total[-1] // world)
+        bounds[-1] = n
+        cuts = [self._cut(total, first, last) for first, last in pairwise(bounds)]
+        mine = cuts[self.here.rank]
+        fillers = max(map(len, cuts)) - len(mine)
+        pieces = mine + [np.array([min(bounds[self.here.rank], n - 1)])] * fillers
+        yield from zip(self._fetch(pieces), [True] * len(mine) + [False] * fillers, strict=True)
 
-    def _fetch(self, pieces: list[np.ndarray]) -> Iterator[Batch]:
+    # -- which samples ------------------------------------------------------------------------------------------------
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        sizes: np.ndarray = self.dataset.sizes  # type: ignore[attr-defined]
+        return sizes
+
+    def _order(self, epoch: int) -> np.ndarray:
+        epoch = 0 if self.overfit_windows is not None else epoch
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+    @cached_property
+    def _ends(self) -> Callable[[int, int], np.ndarray]:
+        return lru_cache(maxsize=4)(self._plan)
+
+    def _plan(self, epoch: int, start: int) -> np.ndarray:
+        """`ends` without limits."""
+        if self.max_size is None:
+            return np.arange(start + self.window_size, len(self.dataset) + 1, self.window_size)
+        sizes = self._sizes[self._order(epoch)]
+        total = np.concatenate([[0], sizes.cumsum()])
+        ends = [start]
+        while (end := self._end(sizes, total, ends[-1])) is not None:
+            ends.append(end)
+        return np.array(ends[1:], dtype=np.int64)
+
+    def _end(self, sizes: np.ndarray, total: np.ndarray, start: int) -> int | None:
+        """Where the window that begins at `start` ends, so that no piece that `deal` makes exceeds `max_size`; None if
+        the samples that are left do not fill it. sizes, total: of the epoch's order, and their sums."""
+        assert self.max_size is not None
+        least, most = start + self.pieces, start + self.window_size  # one sample each fits, as `check` has seen
+        if least > len(sizes):
+            return None
+        held = self.pieces * self.max_size
+        while True:
+            end = int(np.searchsorted(total, total[start] + held, side="right")) - 1
+            end = max(least, min(end, most))
+            largest = _largest(sizes[start:end], self.pieces, self.micro_batch)
+            if largest <= self.max_size or end == least:
+                return None if end == len(sizes) < most else end
+            # Two or three tries, where one sample fewer at a time would make it hundreds.
+            held = int(total[end] - total[start])
+            held = min(held - 1, held * self.max_size // largest)
+
+    def _share(self, samples: np.ndarray) -> list[np.ndarray]:
+        """This rank's micro-batches of a window, each in the order of the data set."""
+        if hasattr(self.dataset, "sizes"):
+            owners = deal(self._sizes[samples], self.pieces, self.micro_batch)
+            mine = range(self.here.rank, self.pieces, self.here.world_size)
+            return [np.sort(samples[owners == piece]) for piece in mine]
+        pieces = samples.reshape(self.accumulation, self.here.world_size, self.micro_batch)
+        return list(np.sort(pieces[:, self.here.rank]))
+
+    def _cut(self, total: np.ndarray, first: int, last: int) -> list[np.ndarray]:
+        """Contiguous batches from `first` to `last`, as large as is allowed. total: sums of sizes."""
+        pieces = []
+        while first < last:
+            end = min(first + self.micro_batch, last)
+            if self.max_size is not None:
+                fitting = int(np.searchsorted(total, total[first] + self.max_size, side="right")) - 1
+                end = min(end, max(fitting, first + 1))
+            pieces.append(np.arange(first, end))
+            first = end
+        return pieces
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, pieces: Iterable[np.ndarray]) -> Iterator[Batch]:
         if not self.workers:
             return (self.dataset[piece] for piece in pieces)
         return self._fetch_ahead(pieces)
 
-    def _fetch_ahead(self, pieces: list[np.ndarray]) -> Iterator[Batch]:
+    def _fetch_ahead(self, pieces: Iterable[np.ndarray]) -> Iterator[Batch]:
         batches: DataLoader[Batch] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             sampler=pieces,
@@ -122,3 +244,25 @@ class Loader:
         except UserError as error:
             # DataLoader puts the worker's traceback around the message.
             raise UserError(str(error).strip().rpartition(f"{UserError.__name__}: ")[2]) from None
+
+
+def deal(sizes: np.ndarray, pieces: int, most: int) -> np.ndarray:
+    """To which of `pieces` each sample goes, (n,): the largest first, each to the piece with the smallest sum of those
+    that have fewer than `most` samples (Graham 1969, SIAM J. Appl. Math. 17, 416). n <= pieces * most."""
+    order = np.argsort(-sizes, kind="stable")
+    heap, dealt = [(0, 0, piece) for piece in range(pieces)], []
+    for size in sizes[order].tolist():
+        total, count, piece = heap[0]
+        dealt.append(piece)
+        if count + 1 < most:
+            heapq.heapreplace(heap, (total + size, count + 1, piece))
+        else:
+            heapq.heappop(heap)
+    owners = np.empty(len(sizes), np.int64)
+    owners[order] = dealt
+    return owners
+
+
+def _largest(sizes: np.ndarray, pieces: int, most: int) -> int:
+    """Sum of sizes of the largest piece that `deal` makes."""
+    return int(np.bincount(deal(sizes, pieces, most), weights=sizes).max() if pieces > 1 else sizes.sum())

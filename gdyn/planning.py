@@ -98,15 +98,19 @@ class Measurement:
     zero_stage: int
     samples: int | None
     """Of the training set; None: the run did not note it."""
+    samples_per_window: float | None = None
+    """Mean over an epoch, where the sizes of samples bound the micro-batches; None: micro-batches are full."""
 
     @property
-    def share(self) -> int:
+    def share(self) -> float:
         """Samples of a window per rank."""
+        if self.samples_per_window is not None:
+            return self.samples_per_window / self.ranks
         return self.micro_batch * self.accumulation
 
     @property
     def global_batch(self) -> int:
-        return self.share * self.ranks
+        return round(self.share * self.ranks)
 
     @property
     def ranks_per_node(self) -> int:
@@ -124,11 +128,13 @@ class Measurement:
         Raises: UserError naming what is missing: too few windows, no checkpoint, starts of different sizes.
         """
         run_dir = RunDir(folder).existing()
-        ranks, nodes, samples = _size(run_dir)
+        ranks, nodes, start = _size(run_dir)
         ds_json = _needed(run_dir.deepspeed_json)
         micro_batch = int(ds_json["train_micro_batch_size_per_gpu"])
         accumulation = int(ds_json.get("gradient_accumulation_steps", 1))
-        seconds = _seconds_per_window(run_dir, micro_batch * accumulation * ranks)
+        full = micro_batch * accumulation * ranks
+        samples_per_window = start.get("samples_per_window", full)
+        seconds = _seconds_per_window(run_dir, samples_per_window)
         low, _, high = statistics.quantiles(seconds, n=4)
         return cls(
             run_dir=run_dir.path,
@@ -142,7 +148,8 @@ class Measurement:
             parameters=_trained_parameters(run_dir),
             bytes_per_parameter=_bytes_per_parameter(ds_json),
             zero_stage=int(ds_json.get("zero_optimization", {}).get("stage", 0)),
-            samples=samples,
+            samples=start.get("samples"),
+            samples_per_window=samples_per_window if samples_per_window != full else None,
         )
 
 
@@ -199,7 +206,7 @@ def plan(
     rows: list[Row] = []
     for n in sizes:
         ranks = n * ranks_per_node
-        batch = measurement.global_batch if scaling == "strong" else measurement.share * ranks
+        batch = measurement.global_batch if scaling == "strong" else round(measurement.share * ranks)
         talk = communication(measurement, network, n, ranks_per_node)
         seconds = compute * batch / ranks / measurement.share + talk
         throughput = batch / seconds / ranks
@@ -311,8 +318,8 @@ def _needed(path: Path) -> Any:
         raise MissingFile(f"{path} does not exist; a plan needs a run that `gdyn train` started.") from None
 
 
-def _size(run_dir: RunDir) -> tuple[int, int, int | None]:
-    """(ranks, nodes, training samples) of all starts: lines of metrics do not say which start wrote them."""
+def _size(run_dir: RunDir) -> tuple[int, int, dict[str, Any]]:
+    """(ranks, nodes) of all starts, as lines of metrics do not say which start wrote them, and the last start."""
     starts = _needed(run_dir.provenance_json)
     sizes = {(int(start["world_size"]), int(start.get("nodes", 1))) for start in starts}
     found = ", ".join(f"{ranks} ranks on {nodes} nodes" for ranks, nodes in sorted(sizes))
@@ -321,10 +328,10 @@ def _size(run_dir: RunDir) -> tuple[int, int, int | None]:
     [(ranks, nodes)] = sizes
     if ranks % nodes:
         raise UserError(f"{run_dir.path} ran on {found}; a plan needs the same number of ranks on every node.")
-    return ranks, nodes, starts[-1].get("samples")
+    return ranks, nodes, starts[-1]
 
 
-def _seconds_per_window(run_dir: RunDir, global_batch: int) -> list[float]:
+def _seconds_per_window(run_dir: RunDir, global_batch: float) -> list[float]:
     """One value per train line. The first line of a phase is left out: it also counts compilation and warm-up."""
     seconds, phase = [], None
     for line in read_metrics(run_dir.metrics_jsonl):

@@ -1,5 +1,5 @@
-"""Which samples, in which order, on which rank. Compared with sets and counts, and with the kernel's own memory "
-"count."""
+"""Which samples, in which order, on which rank. Compared with sets and counts, and with the kernel's own memory
+count."""
 
 import itertools
 import json
@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from gdyn.engines.vamp.engine import Vamp
 from gdyn.engines.vamp.frames import FramePairs, Trajectory
 from gdyn.errors import UserError
 from gdyn.loader import Loader
+from gdyn.phases import Phase
 from gdyn.ranks import RankContext
+from tests import runs
 from tests.data import write_trajectory
 from tests.harness import REPOSITORY
 
@@ -176,3 +179,171 @@ def test_a_quick_run_evaluates_the_same_samples_on_any_number_of_ranks():
         )
     ]
     assert seen == [list(range(12))] * 2
+
+
+# Samples that differ in size
+
+
+class Sized(Numbers):
+    """Sizes like the lengths of proteins: few are long."""
+
+    def __init__(self, n, seed=0, most=600):
+        super().__init__(n)
+        self.sizes = np.minimum(20 + np.random.default_rng(seed).lognormal(4, 0.8, n).astype(int), most)
+        self.identifiers = [f"protein{i}" for i in range(n)]
+
+
+def sized_ranks(dataset, world, micro, accumulation, max_size=None, **options):
+    return [
+        Loader(dataset, micro, accumulation, RankContext(rank, world), max_size=max_size, **options)
+        for rank in range(world)
+    ]
+
+
+def loads_of(loaders, sizes, epoch=0):
+    """(windows, micro-batches of all ranks): sums of sizes."""
+    per_rank = [[[sizes[b["i"]].sum() for b in window] for window in loader.windows(epoch)] for loader in loaders]
+    return np.concatenate(per_rank, axis=1)
+
+
+SHAPES = [(1, 1, 20), (1, 4, 5), (2, 2, 6), (3, 1, 8), (8, 1, 4)]
+"""Ranks, accumulation, samples per micro-batch."""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("world", "accumulation", "micro"), SHAPES)
+def test_sizes_change_who_gets_a_sample_but_not_the_samples_of_a_window(world, accumulation, micro, seed):
+    plain = ranks(world, 500, micro, accumulation, seed=seed)
+    sized = sized_ranks(Sized(500, seed), world, micro, accumulation, seed=seed)
+    roomy = sized_ranks(Sized(500, seed), world, micro, accumulation, max_size=10**6, seed=seed)
+    assert epoch_of(sized, 2) == epoch_of(roomy, 2) == epoch_of(plain, 2)
+    assert sized[0].remainder == roomy[0].remainder == plain[0].remainder
+    assert all(len(b["i"]) == micro for loader in sized for window in loader.windows(2) for b in window)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("world", "accumulation", "micro"), SHAPES[1:])
+def test_the_micro_batches_of_a_window_differ_by_less_than_the_largest_sample(world, accumulation, micro, seed):
+    dataset = Sized(600, seed)
+    undealt = loads_of(ranks(world, 600, micro, accumulation, seed=seed), dataset.sizes)
+    dealt = loads_of(sized_ranks(dataset, world, micro, accumulation, seed=seed), dataset.sizes)
+    assert np.array_equal(dealt.sum(1), undealt.sum(1))
+    assert np.ptp(dealt, axis=1).max() < dataset.sizes.max()
+    # A window lasts as long as its largest micro-batch.
+    assert np.mean(dealt.max(1) / dealt.mean(1)) < 1 + 0.5 * np.mean(undealt.max(1) / undealt.mean(1) - 1)
+    bounded = loads_of(sized_ranks(dataset, world, micro, accumulation, 1500, seed=seed), dataset.sizes)
+    assert np.ptp(bounded, axis=1).max() < dataset.sizes.max()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("world", "accumulation", "micro"), SHAPES)
+@pytest.mark.parametrize("max_size", [700, 1500])
+def test_a_bound_on_sizes_holds_and_every_sample_comes_at_most_once(world, accumulation, micro, max_size, seed):
+    dataset = Sized(800, seed, most=max_size)
+    loaders = sized_ranks(dataset, world, micro, accumulation, max_size, seed=seed)
+    for epoch in (0, 1):
+        windows = epoch_of(loaders, epoch)
+        seen = flat(windows)
+        order = np.random.default_rng([seed, epoch]).permutation(800)
+        assert loads_of(loaders, dataset.sizes, epoch).max() <= max_size
+        assert sorted(seen) == sorted(order[: len(seen)].tolist()) and len(set(seen)) == len(seen)
+        assert len(seen) == loaders[0].samples_per_epoch(epoch)
+        assert len(windows) == loaders[0].windows_per_epoch(epoch)
+        assert np.cumsum([len(window) for window in windows]).tolist() == loaders[0].ends(epoch).tolist()
+        counts = [len(b["i"]) for loader in loaders for window in loader.windows(epoch) for b in window]
+        assert min(counts) >= 1 and max(counts) <= micro
+    assert loaders[0].remainder == 800 - loaders[0].samples_per_epoch(0)
+
+
+def test_a_window_is_as_full_as_its_samples_allow():
+    """Of small samples, and of more ranks than usual: nearly nothing is left free."""
+    dataset = Sized(20_000)
+    loads = loads_of(sized_ranks(dataset, 16, 1000, 2, max_size=4000), dataset.sizes)
+    assert loads.mean() > 0.98 * 4000
+
+
+def test_a_bounded_window_depends_on_the_number_of_micro_batches_only():
+    reference = epoch_of(sized_ranks(Sized(500), 4, 6, 1, 600), 3)
+    for world, accumulation in [(2, 2), (1, 4)]:
+        assert epoch_of(sized_ranks(Sized(500), world, 6, accumulation, 600), 3) == reference
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_a_bounded_epoch_continues_in_the_middle(done):
+    loaders = sized_ranks(Sized(500), 2, 8, 2, 600)
+    whole = epoch_of(loaders, 4)
+    start = sum(len(window) for window in whole[:done])
+    assert epoch_of(loaders, 4, start) == whole[done:]
+    other = flat(epoch_of(sized_ranks(Sized(500), 3, 8, 1, 600), 4, start))
+    assert len(set(other)) == len(other) and not set(other) & set(flat(whole[:done]))
+
+
+def test_limits_count_bounded_windows():
+    whole, bound = epoch_of(sized_ranks(Sized(500), 2, 8, 1, 600), 1), {"max_size": 600}
+    limited = sized_ranks(Sized(500), 2, 8, 1, **bound, limit_windows=3)
+    assert epoch_of(limited, 1) == whole[:3]
+    assert epoch_of(limited, 1, len(whole[0])) == whole[1:3]
+    overfit = sized_ranks(Sized(500), 2, 8, 1, **bound, overfit_windows=2)
+    assert epoch_of(overfit, 0) == epoch_of(overfit, 7) and len(epoch_of(overfit, 7)) == 2
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 300])
+@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("micro", [1, 6, 500])
+def test_a_bounded_shard_covers_everything_once_and_all_ranks_get_as_many_batches(n, world, micro):
+    dataset = Sized(n)
+    shards = [list(loader.shard()) for loader in sized_ranks(dataset, world, micro, 1, 600)]
+    counted = [numbers(batch for batch, counts in shard if counts) for shard in shards]
+    assert flat(flat(counted)) == list(range(n))
+    assert len({len(shard) for shard in shards}) == 1
+    batches = [batch["i"] for shard in shards for batch, _ in shard]
+    assert all(0 < len(batch) <= micro and dataset.sizes[batch].sum() <= 600 for batch in batches)
+
+
+def test_a_sample_that_no_micro_batch_may_hold_is_named():
+    dataset = Sized(100)
+    dataset.sizes[[7, 9]] = 3000, 2800
+    loader = Loader(dataset, 4, 1, RankContext(), max_size=2799, size_key="engine.max_residues")
+    with pytest.raises(UserError, match=r"protein7 has the size 3000, but engine\.max_residues = 2799.*\(2 of 100"):
+        loader.check()
+    del dataset.identifiers
+    with pytest.raises(UserError, match="sample 7 has the size 3000"):
+        loader.check()
+    replace(loader, max_size=3000).check()
+
+
+def test_too_few_samples_for_one_bounded_window_is_a_clear_error():
+    with pytest.raises(UserError, match=r"5 samples, one optimizer step .*\(micro-batch 4 of at most max_size 9000 x"):
+        sized_ranks(Sized(5), 2, 4, 1, 9000)[0].check()
+
+
+class SizedPairs(FramePairs):
+    """Pretends that pairs differ in size."""
+
+    @property
+    def sizes(self):
+        return 1 + np.arange(len(self)) % 7
+
+
+class SizedVamp(Vamp):
+    """With micro-batches of bounded size."""
+
+    max_size = 60
+
+    def datasets(self):
+        return {split: SizedPairs(pairs.trajectories, pairs.tau) for split, pairs in super().datasets().items()}
+
+
+def test_a_run_with_bounded_windows_resumes_as_if_never_stopped(run_ranks, tmp_path):
+    def config(name):
+        small = runs.small_run(tmp_path, name, phases=[Phase("vamp2", 2)])
+        return replace(small, engine=SizedVamp(**vars(small.engine)))
+
+    whole, stopped = config("whole"), config("stopped")
+    run_ranks(1, runs.run, whole)
+    run_ranks(1, runs.run, stopped, 17)
+    assert runs.store(stopped).whole()[0].position.sample > 0
+    run_ranks(1, runs.run, stopped)
+    runs.assert_same(stopped, whole)
+    loader = Loader(whole.engine.datasets()["train"], 48, 1, RankContext(), seed=whole.seed, max_size=60)
+    assert runs.summary(whole)["steps"] == sum(loader.windows_per_epoch(epoch) for epoch in range(2))

@@ -215,6 +215,12 @@ def test_short_run_becomes_a_plan(run_ranks, tmp_path: Path) -> None:
     [row, *_] = plan(measured, SLINGSHOT, 1, 4, 198)
     assert row.measured and row.seconds_per_window == measured.seconds and row.windows_per_epoch == 4
 
+    # Windows that the sizes of their samples keep smaller.
+    write_json(run / "provenance.json", [{"world_size": 1, "nodes": 1, "samples_per_window": 12.4}])
+    smaller = Measurement.read(run)
+    assert smaller.seconds == pytest.approx(measured.seconds * 12.4 / 48) and smaller.global_batch == 12
+    assert [row.global_batch for row in plan(smaller, SLINGSHOT, 1, 4, 198)] == [12, 25, 50]
+
     write_json(run / "provenance.json", [{"world_size": 1}, {"world_size": 4, "nodes": 2}])
     with pytest.raises(UserError, match="1 ranks on 1 nodes, 4 ranks on 2 nodes"):
         Measurement.read(run)

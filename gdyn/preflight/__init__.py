@@ -164,6 +164,7 @@ def _demand(trainer: Trainer, reports: list[Report]) -> Demand:
         checkpoints=max(1, lying - len(trainer.store.whole())),
         run_dir=str(trainer.run_dir.path),
         disk_free=free,
+        size_key="" if loader.max_size is None else loader.size_key,
     )
 
 

@@ -44,6 +44,8 @@ class Demand:
     run_dir: str = ""
     disk_free: int | None = None
     """None: not known."""
+    size_key: str = ""
+    """The key that bounds the size of a micro-batch; empty: none does."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,8 @@ def _windows(job: Job, demand: Demand) -> Iterator[Finding]:
 
 
 def _smaller(demand: Demand) -> str:
+    if demand.size_key:
+        return f"Lower {demand.size_key}, and raise gradient_accumulation_steps to keep the global batch."
     if demand.micro_batch % 2:
         return "Lower optimization.batch_size, and raise gradient_accumulation_steps to keep the global batch."
     return (
