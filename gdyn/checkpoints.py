@@ -225,11 +225,11 @@ class CheckpointStore:
             for parameter in ds.module.parameters():
                 parameter.partition()
 
-    def reshape(self, checkpoint: Checkpoint, zero_stage: int) -> tuple[str, bool]:
+    def reshape(self, checkpoint: Checkpoint, zero_stage: int, optimizer: str | None = None) -> tuple[str, bool]:
         """(tag to load, whether it is DeepSpeed's universal format). Sharded optimizer states of another number of
         ranks are converted once, by rank 0. Every rank must call this.
 
-        Raises: UserError if the ZeRO stage changed, which no format supports.
+        Raises: UserError if the ZeRO stage changed, which no format supports, or for Muon on another number of ranks.
         """
         if checkpoint.zero_stage != zero_stage:
             raise UserError(
@@ -239,6 +239,13 @@ class CheckpointStore:
             )
         if checkpoint.world_size == self.here.world_size or zero_stage == 0:
             return checkpoint.tag, False
+        if optimizer == "Muon":
+            raise UserError(
+                f"checkpoint {checkpoint.tag} was written by {checkpoint.world_size} ranks, and there are now "
+                f"{self.here.world_size}; DeepSpeed cannot reshape Muon's state at ZeRO stage {zero_stage}. Resume on "
+                f"{checkpoint.world_size} ranks, or start a new run with --init_from {checkpoint.path.parent.parent} "
+                "(ZeRO stage 0 can change)."
+            )
         universal = _universal(checkpoint.path)
         log.info("converting %s from %d to %d ranks.", checkpoint.tag, checkpoint.world_size, self.here.world_size)
         with self.here.together():
@@ -275,8 +282,8 @@ class CheckpointStore:
 
 
 def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All weights and buffers, unsharded, floating-point ones in fp32 (the optimizer's master copy), on the CPU. Every
-    rank must call this."""
+    """All weights and buffers, unsharded, floating-point ones in fp32 (the optimizer's master copy) or as fp64 buffers,
+    on the CPU. Every rank must call this."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param  # slow to import
 
@@ -288,7 +295,8 @@ def full_weights(ds: DeepSpeedEngine) -> dict[str, torch.Tensor]:
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if master is not None:
             weights[name] = master.detach().cpu().clone().view_as(weights[name])
-    return {name: (w.float() if w.is_floating_point() else w).contiguous() for name, w in weights.items()}
+    half = (torch.bfloat16, torch.float16)
+    return {name: (w.float() if w.dtype in half else w).contiguous() for name, w in weights.items()}
 
 
 def phases_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:

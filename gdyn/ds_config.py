@@ -187,6 +187,8 @@ class Wishes(Protocol):
     def learning_rate(self) -> float | None: ...
     @property
     def mixed_precision(self) -> bool | str | None: ...
+    @property
+    def lr_schedule(self) -> object | None: ...
 
 
 def batch_sizes(config: DsConfig, batch_size: int | None, gradient_accumulation_steps: int | None) -> tuple[int, int]:
@@ -206,6 +208,11 @@ def complete(config: DsConfig, wishes: Wishes, total_steps: int | None = None) -
     the whole run. DeepSpeed computes the global batch itself.
     """
     values = copy.deepcopy(config.values)
+    if wishes.lr_schedule is not None and "scheduler" in values:
+        raise UserError(
+            f'{config}: "scheduler" is {scheduler_type(values)}, and the run file has optimization.lr_schedule; keep '
+            "one of them."
+        )
     micro, window = batch_sizes(config, wishes.batch_size, wishes.gradient_accumulation_steps)
     values |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": window}
     _fill_precision(config, values, wishes.mixed_precision)
@@ -229,8 +236,9 @@ def _fill(config: DsConfig, values: dict[str, Any], name: str, wish: float | Non
             raise UserError(f"{AUTO[name]} is {_shown(wish)}; expected a number above 0.")
         _put(values, name, wish)
     elif wish is not None and wish != written:
+        found = "is not written" if written is None else f"= {_shown(written)}"
         raise UserError(
-            f"{config}: {name} = {_shown(written)}, but the run file says {AUTO[name]} = {_shown(wish)}; "
+            f"{config}: {name} {found}, but the run file says {AUTO[name]} = {_shown(wish)}; "
             'remove the latter, or write "auto" in the JSON.'
         )
 

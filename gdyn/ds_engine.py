@@ -1,19 +1,28 @@
-"""What surrounds a DeepSpeed engine's life: which parameters it trains, and letting it go."""
+"""What surrounds a DeepSpeed engine's life: which parameters it trains, making it, what it shows, letting it go."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gc
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from gdyn import ds_config, optimizer
+from gdyn.ds_config import Values
+from gdyn.engine import Engine
 from gdyn.errors import UserError
+from gdyn.learning_rate import LearningRates
 from gdyn.phases import Phase
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger("gdyn")
 
 
 def trainable(model: nn.Module, phase: Phase) -> list[str]:
@@ -34,6 +43,85 @@ def trainable(model: nn.Module, phase: Phase) -> list[str]:
 def count(parameters: Iterable[nn.Parameter]) -> int:
     """How many numbers these parameters are, also where ZeRO-3 has partitioned them, which makes them look empty."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 has partitioned are there in full, to be read. Not for a module's own `forward`,
+    for which DeepSpeed gathers them. Every rank must call this."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # slow to import
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def make(
+    engine: Engine, model: nn.Module, phase: Phase, values: Values, rates: LearningRates | None
+) -> DeepSpeedEngine:
+    """An engine that trains what requires a gradient. `values`: the completed DeepSpeed JSON. `rates`: the run's
+    schedule, if the JSON has none. Every rank must call this."""
+    import deepspeed  # slow to import
+
+    everything = list(model.parameters())
+    trained = [parameter for parameter in everything if parameter.requires_grad]
+    log.info("%d trainable parameters of %d.", count(trained), count(everything))
+    groups = optimizer.param_groups(model, engine.param_groups(model, phase), values, phase.label)
+    if len(groups) > 1:
+        log.info("%s.", optimizer.described(groups))
+    if ds_config.optimizer_type(values) == "Muon":
+        optimizer.run_muon_eagerly()
+    ours = optimizer.names_matrices(groups)
+    # Where an optimizer is offloaded, DeepSpeed asks for this before it takes ours.
+    config = {**values, "zero_force_ds_cpu_optimizer": False} if ours else dict(values)
+    ds, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups,
+        config=config,
+        optimizer=optimizer.muon(values) if ours else None,
+        lr_scheduler=rates.attach if rates else None,
+    )
+    return ds
+
+
+def learning_rates(ds: DeepSpeedEngine) -> dict[str, float]:
+    """`lr` of the first parameter group, `lr_<name>` of further ones, for the optimizer step that comes next."""
+    groups = ds.optimizer.param_groups
+    names = ["lr", *(f"lr_{optimizer.name_of(group, i)}" for i, group in enumerate(groups[1:], start=1))]
+    return dict(zip(names, map(float, ds.get_lr()), strict=True))
+
+
+def gradient_norms(ds: DeepSpeedEngine, parts: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
+    """`grad_norm` of all gradients and `grad_norm_<part>` of the parameters each part's globs match: of the whole
+    window, not clipped, without loss scale. Between the last backward pass of a window and `ds.step()`; every rank must
+    call this.
+
+    With Muon at ZeRO stages 1 and 2 the gradients of its matrices are orthogonalised by then.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    squares = {}
+    for name, parameter in ds.module.named_parameters():
+        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+        if gradient is not None:
+            squares[name] = gradient.double().square().sum()
+    values = dict(zip(squares, torch.stack(list(squares.values())).tolist(), strict=True))
+    scale = _loss_scale(ds)
+
+    def norm(globs: tuple[str, ...]) -> float:
+        chosen = (value for name, value in values.items() if any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+        return float(sum(chosen) ** 0.5 / scale)
+
+    return {"grad_norm": norm(("*",))} | {f"grad_norm_{part}": norm(globs) for part, globs in parts.items()}
+
+
+def _loss_scale(ds: DeepSpeedEngine) -> float:
+    """What fp16 gradients are multiplied by; 1 otherwise."""
+    scaler = ds.torch_autocast_z0_gradscaler or getattr(ds.optimizer, "torch_autocast_gradscaler", None)
+    return float(scaler.get_scale() if scaler else getattr(ds.optimizer, "loss_scale", 1.0))
 
 
 def release(ds: DeepSpeedEngine) -> None:

@@ -99,10 +99,6 @@ def check_hardware(config: DsConfig, values: Values, machine: Machine, directori
             f"it computes in {', '.join(sorted(machine.precisions))}. Choose a recipe with one of these."
         )
     warnings = []
-    if ds_config.optimizer_type(values) == "Muon":
-        warnings.append(
-            f"{config}: Muon's first step goes through torch.compile, 40 s on a CPU; TORCHDYNAMO_DISABLE=1 avoids it."
-        )
     for op, directory in directories.items():
         built = (directory / f"{op}.so").exists()
         # A built op is loaded through ninja all the same, but needs no compiler: it may come from a login node.

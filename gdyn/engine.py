@@ -19,13 +19,16 @@ Three promises an engine makes:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from gdyn.errors import UserError
 from gdyn.phases import Phase
 
 if TYPE_CHECKING:
@@ -34,7 +37,12 @@ if TYPE_CHECKING:
 
 
 class Dataset(Protocol):
-    """Samples that are fetched a batch at a time."""
+    """Samples that are fetched a batch at a time.
+
+    Where samples differ in size it may also have `sizes`, (N,) int: what each costs (residues, atoms). Then the samples
+    of a window are dealt to the ranks so that their sizes balance, and `Engine.max_size` may bound them. A list
+    `identifiers` of N names lets a message say which sample it is about.
+    """
 
     def __len__(self) -> int: ...
 
@@ -101,6 +109,14 @@ class Engine(ABC):
     shown: ClassVar[tuple[str, ...]] = ()
     """Validation scores that get a column in the epoch table, beside the objective."""
 
+    size_key: ClassVar[str] = "max_size"
+    """The engine's field that `max_size` comes from, for messages."""
+
+    @property
+    def max_size(self) -> int | None:
+        """The largest sum of `Dataset.sizes` per rank and micro-batch; None: only the batch size bounds it."""
+        return None
+
     def objectives(self) -> tuple[str, ...]:
         """The words `Phase.objective` may be. Each is also a score in `pooled` or `Step.metrics`."""
         return ("loss",)
@@ -116,6 +132,23 @@ class Engine(ABC):
         validation calls it for one batch with `here` a world of one."""
         return None
 
+    def end_window(self, model: nn.Module, steps: list[Step], phase: Phase, window: Any, here: RankContext) -> None:
+        """What a network learns without gradients, after an optimizer step that was applied: an average, a counter, in
+        buffers of `model` (the network itself), which checkpoints hold. `steps`: what `loss` said of this rank's
+        micro-batches. Every rank calls this, with torch's autograd off, in training only; buffers must come out the
+        same on all ranks, so sum what they are made of with `gdyn.collectives.sum_over_ranks`."""
+        return None
+
+    def gauges(self, model: nn.Module, phase: Phase) -> dict[str, float]:
+        """Numbers of the network's present state for the train lines of the metrics, e.g. a scheduled weight. Every
+        rank calls this when a line is due; rank 0's are written."""
+        return {}
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Parts of the network whose gradient norms the train lines tell apart, as `grad_norm_<name>`: globs over
+        parameter names."""
+        return {}
+
     def pooled(self, statistics: torch.Tensor) -> dict[str, Any]:
         """Scores of a whole split from the summed `Step.statistics`: each computed once, never a mean of batch
         scores."""
@@ -129,7 +162,9 @@ class Engine(ABC):
         return []
 
     def param_groups(self, model: nn.Module, phase: Phase) -> list[dict[str, Any]] | None:
-        """Optimizer parameter groups of the trainable parameters; None: one group."""
+        """Optimizer parameter groups, which together hold every parameter once; None: one group. A `name` stands in
+        the log and in `lr_<name>`. `use_muon`, true in the groups of weight matrices (two dimensions) whose
+        optimizer may be Muon, counts where the DeepSpeed JSON says Muon; learning rates and such are the JSON's."""
         return None
 
     def figures(self, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -141,13 +176,51 @@ class Engine(ABC):
         return []
 
     def evaluate(self, run: Run, sources: list[str]) -> dict[str, Any]:
-        """Scores of a run's weights on other data, for `gdyn evaluate`."""
-        raise NotImplementedError(f"{type(self).__name__} has no evaluation")
+        """Scores of a run's weights on other data, for `gdyn evaluate`.
+
+        Raises: UserError for data that cannot be used, or if the engine has none.
+        """
+        raise UserError(f"{type(self).__name__} has no evaluation; its scores are in summary.json of the run folder.")
+
+    def evaluation_lines(self, result: dict[str, Any]) -> list[str]:
+        """What `gdyn evaluate` prints of it."""
+        return plain_lines(result)
 
     def predictor(self, model: nn.Module) -> Predictor:
-        """What `gdyn export` makes a program of."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be exported")
+        """What `gdyn export` makes a program of.
+
+        Raises: UserError if the engine has none.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no stand-alone predictor to export; its weights are in the run folder, "
+            "checkpoints/*/weights.safetensors."
+        )
+
+    report_options: ClassVar[tuple[str, ...]] = ()
+    """Options of `gdyn analyze` that `report` understands beside `split`."""
 
     def report(self, run: Run, **options: Any) -> dict[str, Any]:
-        """What `gdyn analyze` shows of a run."""
-        raise NotImplementedError(f"{type(self).__name__} has no report")
+        """What `gdyn analyze` shows of a run.
+
+        Raises: UserError if there are no data to show, or the engine has none.
+        """
+        raise UserError(f"{type(self).__name__} has no report; its scores are in summary.json of the run folder.")
+
+    def report_lines(self, summary: dict[str, Any]) -> list[str]:
+        """What `gdyn analyze` prints of it."""
+        return plain_lines(summary)
+
+    def encode(self, run: Run, inputs: list[Path], output: Path, here: RankContext, **options: Any) -> list[str]:
+        """Write `inputs` as strings over the run's alphabet, for `gdyn encode`. Returns what to print.
+
+        Raises: UserError if the engine learns none.
+        """
+        raise UserError(f"{type(self).__name__} learns no alphabet; gdyn encode is for engines that do.")
+
+
+def plain_lines(values: Mapping[str, Any]) -> list[str]:
+    """ "name  value", aligned; what is neither number nor word is left out."""
+    shown = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
+    width = max(map(len, shown), default=0)
+    texts = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in shown.values())
+    return [f"{name:<{width}}  {text}" for name, text in zip(shown, texts, strict=True)]

@@ -80,16 +80,21 @@ class Console:
 
 
 def table_header(report: EpochReport) -> str:
-    scores = "".join(f"{'val ' + name:>14}" for name in report.shown)
+    scores = "".join(f"{'val ' + name:>{_width(name)}}" for name in report.shown)
     return f"{'epoch':>9}  {'phase':<10}{'train loss':>12}{scores}{'lr':>10}{'samples/s':>11}{'s':>7}"
 
 
 def table_row(report: EpochReport) -> str:
-    scores = "".join(f"{report.validation.get(name, float('nan')):>14.4f}" for name in report.shown)
+    scores = "".join(f"{report.validation.get(name, float('nan')):>{_width(name)}.4f}" for name in report.shown)
     numbers = f"{report.learning_rate:>10.2g}{report.samples_per_second:>11.0f}{report.seconds:>7.1f}"
     star = "  *" if report.improved else ""
     loss = report.train.get("loss", float("nan"))
     return f"{report.epoch:>4}/{report.epochs:<4}  {report.phase.label:<10}{loss:>12.4f}{scores}{numbers}{star}"
+
+
+def _width(name: str) -> int:
+    """Of a score's column."""
+    return max(14, len(name) + 6)
 
 
 def gdynet_header(index: int, phase: Phase) -> str:

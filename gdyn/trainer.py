@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdyn import ds_config, ds_engine, progress, watchdog
+from gdyn import ds_config, ds_engine, progress, watchdog, window
 from gdyn.checkpoints import Checkpoint, CheckpointStore, full_weights, phases_of
 from gdyn.config import RunConfig
 from gdyn.ds_config import DsConfig
 from gdyn.errors import UserError
 from gdyn.evaluation import Stopped, evaluate
 from gdyn.inference import choose, load_weights, weights_of
+from gdyn.learning_rate import LearningRates
 from gdyn.loader import Batch, Loader
 from gdyn.metrics import Journal, Meter
 from gdyn.phases import Phase, Position
@@ -57,10 +58,17 @@ class Trainer:
             workers=config.workers,
             limit_windows=config.limit_windows,
             overfit_windows=config.overfit_windows,
+            max_size=self.engine.max_size,
+            size_key=f"engine.{self.engine.size_key}",
         )
         self.loader.check()
+        for split in self.datasets:
+            self._whole(split).check_sizes()
         self.notices = self.engine.notices(self.datasets["train"], self.loader.window_size)
-        self.ds_json = ds_config.complete(recipe, wishes, self.plan.epochs * self.loader.windows_per_epoch)
+        # Where sizes bound the micro-batches, epochs differ a little in steps; the first stands for all.
+        total_steps = self.plan.epochs * self.loader.windows_per_epoch(0)
+        self.ds_json = ds_config.complete(recipe, wishes, total_steps)
+        self.rates = LearningRates(wishes.lr_schedule, total_steps) if wishes.lr_schedule else None
         keep = config.checkpointing
         self.store = CheckpointStore(run_dir.checkpoints, here, keep.keep, keep.save_best_only)
         self.ds: Any = None
@@ -133,18 +141,7 @@ class Trainer:
 
     def _begin(self, checkpoint: Checkpoint | None) -> Position:
         """Where to start, with the sentences that say so."""
-        loader = self.loader
-        log.info(
-            "global batch %d = micro-batch %d x accumulation %d x %d ranks; %d steps per epoch, %d of %d samples left "
-            "over.",
-            loader.window_size,
-            loader.micro_batch,
-            loader.accumulation,
-            self.here.world_size,
-            loader.windows_per_epoch,
-            loader.remainder,
-            len(loader.dataset),
-        )
+        log.info("%s", self.loader)
         for notice in self.notices:
             log.warning("%s", notice)
         if checkpoint is None:
@@ -157,6 +154,10 @@ class Trainer:
             log.warning("%s", change)
         self._check_seed(checkpoint)
         self.store.recall_best(checkpoint)
+        if self.rates is not None:
+            # Here rather than by DeepSpeed, which loads nothing where a phase begins that trains other parameters.
+            self.rates.steps = position.step
+            self.rates.load_state_dict(checkpoint.record.get("learning_rates"))
         if self.plan.done(position):
             log.info("the run is finished (checkpoint %s); nothing to train, evaluating.", checkpoint.tag)
         else:
@@ -220,23 +221,20 @@ class Trainer:
         self.startup.setdefault("initialize", time.monotonic() - began)
 
     def _initialize(self, model: nn.Module, phase: Phase, checkpoint: Checkpoint | None) -> None:
-        import deepspeed
-
-        ds_json, tag = dict(self.ds_json), ""
+        values, tag = dict(self.ds_json), ""
         if checkpoint is not None:
             with self.watch.away("converting the checkpoint"):
-                tag, universal = self.store.reshape(checkpoint, ds_config.zero_stage(ds_json))
+                tag, universal = self.store.reshape(
+                    checkpoint, ds_config.zero_stage(values), ds_config.optimizer_type(values)
+                )
             if universal:
-                ds_json["checkpoint"] = {**ds_json.get("checkpoint", {}), "load_universal": True}
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        log.info(
-            "%d trainable parameters of %d.", ds_engine.count(trainable), ds_engine.count(list(model.parameters()))
-        )
-        groups = self.engine.param_groups(model, phase) or trainable
+                values["checkpoint"] = {**values.get("checkpoint", {}), "load_universal": True}
         self.here.limit_collectives(self.watch.limit + watchdog.COLLECTIVES)
-        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_json)
+        self.ds = ds_engine.make(self.engine, model, phase, values, self.rates)
         if checkpoint is not None:
             self.store.load(self.ds, checkpoint, tag)
+            if self.rates is not None:
+                self.rates.apply()
         if self.config.optimization.torch_compile:
             self.ds.compile(compile_kwargs={"mode": self.config.optimization.compile_mode})
 
@@ -254,27 +252,29 @@ class Trainer:
         phase, epoch = self.plan.phase(self.position), self.plan.global_epoch(self.position)
         total, recent = self._meters(checkpoint)
         started = lapped = time.perf_counter()
-        first_step = lap_step = self.position.step
+        first_sample = lap_sample = self.position.sample
+        ends = iter(self.loader.ends(epoch, first_sample))
         self.ds.train()
         for batches, stopping in self.here.each(self._bar(self.position), lambda: self._asked("training")):
             if stopping:
                 self._save_within_epoch(total, recent)
                 return False
             due = (self.position.step + 1) % self.config.logging.every_steps == 0
-            gradient_norm = self._train_window(batches, phase, self.position.step, recent, due)
-            position = self.position = self.plan.after_window(self.position, self.loader.window_size)
+            norms = self._train_window(batches, phase, recent, due)
+            position = self.position = self.plan.after_window(self.position, int(next(ends)) - self.position.sample)
             if due:
-                values = recent.means() | {"lr": self._learning_rate(), "grad_norm": gradient_norm}
+                values = recent.means() | ds_engine.learning_rates(self.ds) | norms
+                values |= self.engine.gauges(self.ds.module, phase)
                 self._refuse_nan(values, position)
                 now = time.perf_counter()
-                values["samples_per_second"] = (position.step - lap_step) * self.loader.window_size / (now - lapped)
+                values["samples_per_second"] = (position.sample - lap_sample) / (now - lapped)
                 self.journal.write(values, step=position.step, phase=phase.label, epoch=epoch, split="train")
                 total.absorb(recent)
-                recent, lapped, lap_step = Meter(self.here.device), now, position.step
+                recent, lapped, lap_sample = Meter(self.here.device), now, position.sample
             if "first_window" not in self.startup:
                 self._started_up(time.perf_counter() - started)
             every = self.config.checkpointing.every_steps
-            if every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch:
+            if every and position.step % every == 0 and position.sample < self.loader.samples_per_epoch(epoch):
                 self._save_within_epoch(total, recent)
         position, seconds = self.position, time.perf_counter() - started
         self.ds.eval()
@@ -289,7 +289,7 @@ class Trainer:
         total.absorb(recent)
         train = total.means()
         self._refuse_nan(train, position)
-        samples = (position.step - first_step) * self.loader.window_size
+        samples = position.sample - first_sample
         self.trained, self.seconds = self.trained + samples, self.seconds + seconds
         self.journal.write(validation, step=position.step, phase=phase.label, epoch=epoch, split="validation")
         self.position, improved, tag = self._end_epoch(position, validation)
@@ -301,7 +301,7 @@ class Trainer:
             train_last=total.last,
             validation=validation,
             validation_last=last,
-            learning_rate=self._learning_rate(),
+            learning_rate=ds_engine.learning_rates(self.ds)["lr"],
             samples_per_second=samples / seconds,
             seconds=seconds,
             improved=improved,
@@ -322,41 +322,25 @@ class Trainer:
                 meter.add_sums(by_name, counts=rank % self.here.world_size == self.here.rank)
         return meters
 
-    def _train_window(self, batches: list[Batch], phase: Phase, step: int, meter: Meter, measure: bool) -> float | None:
-        """One optimizer step; returns the gradient norm before clipping if `measure`. Every rank must call this."""
-        batches = [
-            {name: tensor.to(self.here.device, non_blocking=True) for name, tensor in b.items()} for b in batches
-        ]
+    def _train_window(self, batches: list[Batch], phase: Phase, meter: Meter, measure: bool) -> window.Norms:
+        """One optimizer step; returns the gradient norms if `measure`. Every rank must call this."""
         # Randomness is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one would.
-        torch.manual_seed(self.config.seed + 1_000_003 * step + 7_919 * self.here.rank)
-        window = self.engine.begin_window(self.ds, batches, phase, self.here)
-        # DeepSpeed averages over ranks and micro-batches; the shares of a window add up (see Step.loss).
-        scale = self.here.world_size * len(batches)
-        norm = None
-        for i, batch in enumerate(batches):
-            part = self.engine.loss(self.ds, batch, phase, window)
-            self.ds.backward(part.loss * scale)
-            if measure and i == len(batches) - 1 and self.ds.zero_optimization_stage() == 0:
-                norm = float(
-                    nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None])
-                )
-            self.ds.step()
-            meter.add(part)
-        if measure and self.ds.get_global_grad_norm() is not None:
-            norm = float(self.ds.get_global_grad_norm())
-        return norm
+        torch.manual_seed(self.config.seed + 1_000_003 * self.position.step + 7_919 * self.here.rank)
+        return window.train(self.engine, self.ds, batches, phase, self.here, meter, measure)
 
     def _end_epoch(self, position: Position, validation: dict[str, Any]) -> tuple[Position, bool, str]:
         """(what is next, whether the objective's best score improved, tag of the checkpoint if one was due). Every rank
         must call this."""
         phase = self.plan.phase(position)
-        sign = 1 if self.engine.higher_is_better(phase.objective) else -1
-        score = validation.get(phase.objective, math.nan)
-        best = self.store.best()
+        higher = self.engine.higher_is_better(phase.objective)
+        sign = 1 if higher else -1
+        # One rank's, because what follows must be the same everywhere, and other processors may round differently.
+        score, best = self.here.broadcast((validation.get(phase.objective, math.nan), self.store.best()))
+        if self.rates is not None:
+            self.rates.end_epoch(phase.objective, score, higher)
         before = best.get(phase.objective)
         # Per objective: the scales of different objectives cannot be compared.
         improved = math.isfinite(score) and (before is None or sign * score > sign * before["score"])
-        improved = self.here.broadcast(improved)
         following = self.plan.after_epoch(position)
         epoch = self.plan.global_epoch(position) + 1
         due = epoch % self.config.checkpointing.every_epochs == 0 and not self.config.checkpointing.save_best_only
@@ -381,6 +365,7 @@ class Trainer:
             "global_batch": self.loader.window_size,
             "trains": self.trains,
             "best": self.store.best(),
+            "learning_rates": self.rates and self.rates.state_dict(),
             **facts,
         }
         began = time.monotonic()
@@ -427,19 +412,17 @@ class Trainer:
             self.here,
             workers=self.config.workers,
             limit_windows=self.config.limit_windows,
+            max_size=self.loader.max_size,
+            size_key=self.loader.size_key,
         )
 
     def _bar(self, position: Position) -> Any:
         epoch = self.plan.global_epoch(position)
         label = f"epoch {epoch + 1}/{self.plan.epochs} {self.plan.phase(position).label}"
-        done = position.sample // self.loader.window_size
+        total = self.loader.windows_per_epoch(epoch)
+        done = total - len(self.loader.ends(epoch, position.sample))
         style = str(self.config.logging.progress) if self.here.main else "off"
-        return progress.bar(
-            self.loader.windows(epoch, position.sample), self.loader.windows_per_epoch, done, label, style
-        )
-
-    def _learning_rate(self) -> float:
-        return float(self.ds.get_lr()[0])
+        return progress.bar(self.loader.windows(epoch, position.sample), total, done, label, style)
 
     def _refuse_nan(self, values: dict[str, Any], position: Position) -> None:
         """The values are reduced, so all ranks agree. Raises: UserError with what usually helps."""

@@ -30,6 +30,7 @@ class Wishes:
     gradient_accumulation_steps: int | None = None
     learning_rate: float | None = 1e-3
     mixed_precision: bool | str | None = None
+    lr_schedule: object | None = None
 
 
 def config(**changes: Any) -> DsConfig:
@@ -233,6 +234,11 @@ def test_even_the_shortest_run_warms_up_for_a_step() -> None:
 CONFLICTS: list[tuple[dict[str, Any], Wishes, list[str]]] = [
     ({"train_micro_batch_size_per_gpu": 64}, Wishes(), ["_per_gpu = 64", "optimization.batch_size = 32"]),
     ({"gradient_accumulation_steps": 2}, Wishes(gradient_accumulation_steps=4), ["gradient_accumulation_steps = 2"]),
+    (
+        {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}},
+        Wishes(),
+        ["optimizer.params.lr is not written", "optimization.learning_rate = 0.001"],
+    ),
     ({"optimizer__params__lr": 0.1}, Wishes(), ["params.lr = 0.1", "optimization.learning_rate = 0.001"]),
     (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}},

@@ -14,15 +14,21 @@ from tests.harness import run_ranks
 from tests.test_ds_config import Wishes
 
 
+def wishes(name: str, learning_rate: float = 1e-3, **given: Any) -> Wishes:
+    """Muon's recipe has two learning rates of its own."""
+    return Wishes(learning_rate=None if name.endswith("muon") else learning_rate, **given)
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_recipe_is_clean_and_named_after_what_it_does(name: str) -> None:
     recipe = ds_config.read(bundled()[name])
     assert ds_config.check(recipe) == []
-    values = ds_config.complete(recipe, Wishes(), total_steps=100)
+    values = ds_config.complete(recipe, wishes(name), total_steps=100)
     precision, stage, *rest = name.split("_")
     assert ds_config.precision(values).removeprefix("autocast-") == precision
     assert stage == f"zero{ds_config.zero_stage(values)}"
     assert ("offload" in rest) == (ds_config.offload_device(values, "offload_param") == "cpu")
+    assert ("muon" in rest) == (ds_config.optimizer_type(values) == "Muon")
     assert ("warmup" in rest) == (ds_config.scheduler_type(values) is not None)
     assert ds_machine.ops_needed(values) == []
 
@@ -66,7 +72,7 @@ def losses_of(name: str) -> list[float] | str:
     import deepspeed
 
     recipe, machine = ds_config.read(bundled()[name]), ds_machine.look()
-    values = ds_config.complete(recipe, Wishes(batch_size=BATCH, learning_rate=0.1), total_steps=STEPS)
+    values = ds_config.complete(recipe, wishes(name, 0.1, batch_size=BATCH), total_steps=STEPS)
     try:
         ds_machine.check_hardware(recipe, values, machine, ds_machine.build_directories(values, machine))
     except UserError as refused:
@@ -97,7 +103,7 @@ def test_recipe_trains_like_plain_pytorch_or_says_why_it_cannot(trained: dict[st
     losses, expected = trained[name], trained["plain"]
     if isinstance(losses, str):
         assert name.startswith("fp16") and "precision fp16 is not supported" in losses
-    elif name.endswith("warmup"):
+    elif name.endswith(("warmup", "muon")):
         assert losses[-1] < losses[0]
     else:
         assert losses == pytest.approx(expected, rel=1e-5 if name.startswith("fp32") else 3e-2)
