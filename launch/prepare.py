@@ -7,16 +7,27 @@ if __name__ == "__main__":  # as a script: this folder on the path would shadow 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
+import os
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from gdyn.cli import guarded
+from gdyn import ranks
+from gdyn.cli import guarded, start_logging
+from gdyn.engines.monodecoder.prepare import Preparation as Proteins
+from gdyn.engines.monodecoder.prepare import prepare as prepare_proteins
 from gdyn.engines.vamp.prepare import Preparation, check, prepare
+
+WEEK = 7 * 24 * 3600.0
+"""Seconds. Ranks with less to do, and all while rank 0 merges, wait for the others."""
 
 FLAGS = {
     "atom_labels": "give every atom a type of its own, 1..N, instead of its atomic number: for molecules",
     "open_boundaries": "ignore the cell, e.g. for a whole molecule taken out of its solvent",
     "overwrite": "replace a directory prepared earlier",
+}
+PROTEIN_FLAGS = {
+    "frames": "give the encoder each residue's absolute frame and step, as foldtree2 does; they turn with the molecule",
+    "overwrite": "replace a file prepared earlier",
 }
 
 
@@ -31,11 +42,27 @@ def parser() -> ArgumentParser:
     checking = ArgumentParser(description="Read a whole directory and say what it holds.", exit_on_error=False)
     checking.add_argument("directory", type=Path, help="a trajectory directory")
     checking.add_argument("--ferro", action="store_true", help="atom directions must be there too")
+    proteins = ArgumentParser(description=Proteins.__doc__, exit_on_error=False)
+    proteins.add_argument("inputs", nargs="+", type=Path, help="structure files, folders and archives of them")
+    proteins.add_class_arguments(Proteins, skip={"inputs", *PROTEIN_FLAGS}, as_group=False)
+    for flag, meaning in PROTEIN_FLAGS.items():
+        proteins.add_argument(f"--{flag}", action="store_true", help=meaning)
     result = ArgumentParser(prog="gdyn prepare", description=__doc__, exit_on_error=False)
     commands = result.add_subcommands()
     commands.add_subcommand("trajectories", trajectories, help="molecular dynamics -> a trajectory directory for Vamp")
+    commands.add_subcommand("proteins", proteins, help="protein structures -> an HDF5 file for Monodecoder")
     commands.add_subcommand("check", checking, help="is a trajectory directory sound?")
     return result
+
+
+def _proteins(job: Proteins) -> None:
+    """On all ranks of the job if a launcher started several."""
+    if ranks.discover(os.environ).launcher == "single":
+        prepare_proteins(job, ranks.ALONE)
+        return
+    with ranks.join(timeout_s=WEEK) as here:
+        start_logging(here.main)
+        prepare_proteins(job, here)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         options = commands.instantiate(commands.parse_args(argv))
         if options.subcommand == "check":
             print(check(**vars(options.check)))
+        elif options.subcommand == "proteins":
+            _proteins(Proteins(**vars(options.proteins)))
         else:
             prepare(Preparation(**vars(options.trajectories)))
 
