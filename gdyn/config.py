@@ -22,7 +22,9 @@ import gdyn.engines  # noqa: F401  importing the engines makes them known to the
 from gdyn import gdynet, recipes
 from gdyn.engine import Engine
 from gdyn.errors import MissingFile, UserError
+from gdyn.learning_rate import LearningRateSchedule
 from gdyn.phases import Phase, Plan
+from gdyn.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Optimization:
     """Micro-batches per optimizer step."""
     learning_rate: PositiveFloat | None = None
     """The optimizer's lr and the schedule's peak."""
+    lr_schedule: LearningRateSchedule | None = None
+    """Warm-up and decay of the learning rates, where the DeepSpeed JSON has no scheduler."""
     mixed_precision: bool | None = None
     """true: bf16 autocast, unless the JSON names a precision."""
     torch_compile: bool = False
@@ -288,9 +292,9 @@ def _explain(message: str, argv: list[str], run_file: Path | None) -> str:
     unknown = re.search(r"dot import path string: (\S+)|Import path (\S+)", message)
     lines = [line.strip(" -") for line in message.strip().splitlines()]
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    # Of a union the first alternative is meant; the last is null.
-    reason = next(line for line in [*lines, lines[-1]] if line and not line.startswith(_FRAMEWORK))
-    if unknown and "engine" in keys:
+    # Of a union the first alternative is meant that could be; the last is null.
+    reason = next(line for line in [*lines, lines[-1]] if line and not re.match(_NO_REASON, line))
+    if unknown and keys[-1:] == ["engine"]:
         reason = f'unknown engine "{unknown[1] or unknown[2]}"; known: {", ".join(sorted(engines))}'
     elif reason.endswith("is abstract"):
         reason = "the keys class_path and init_args are expected"
@@ -303,19 +307,29 @@ def _explain(message: str, argv: list[str], run_file: Path | None) -> str:
     typed = any(word.startswith(f"--{name}") for word in argv for name in place)
     parts = [str(run_file)] if run_file and not typed else []
     parts += [".".join(keys)] if keys else []
-    found = f" Found: {given[1]}." if given else ""
+    # Of a section the reason says which of its keys is wrong.
+    found = f" Found: {given[1]}." if given and not given[1].startswith(("{", "Namespace(")) else ""
     return ": ".join([*parts, reason.rstrip(".")]) + "." + found + _hint(stranger and place[-1], engines)
 
 
-_FRAMEWORK = ("Parser key", "Problem with", "Does not validate", "Subtypes", "Errors", "Expected a <class 'NoneType'>")
+_NO_REASON = (
+    "Parser key|Problem with|Does not validate|Subtypes|Errors|Expected a <class 'NoneType'>"
+    "|.* must be a string or a real number, not '(dict|Namespace)'"
+)
 
 
 def _hint(stranger: str | None, engines: dict[str, type[Engine]]) -> str:
     """The name that an unknown key resembles, if there is one."""
     if stranger is None:
         return ""
-    known = [f.name for f in dataclasses.fields(RunConfig)]
-    for group in (Optimization, Checkpointing, Logging, Wandb, Phase, *engines.values()):
-        known += [f.name for f in dataclasses.fields(group)]
+    groups: list[Any] = [RunConfig, Optimization, LearningRateSchedule, Checkpointing, Logging, Wandb, Phase, Schedule]
+    groups += engines.values()
+    sections = [f.default_factory for engine in engines.values() for f in dataclasses.fields(engine)]
+    groups += [section for section in sections if dataclasses.is_dataclass(section)]
+    known = [f.name for group in groups for f in dataclasses.fields(group)]
     near = difflib.get_close_matches(stranger.split(".")[-1], known, 1)
-    return f' Did you mean "{near[0]}"?' if near else " See gdyn train --help and --engine.help Vamp."
+    return (
+        f' Did you mean "{near[0]}"?'
+        if near
+        else f" See gdyn train --help and --engine.help {' or '.join(sorted(engines))}."
+    )

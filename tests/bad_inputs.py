@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 import yaml
@@ -42,7 +43,11 @@ cases(
         'Did you mean "batch_size"',
     ),
     key_of_phase_unknown=(lambda t: phases(t, epoch=1), "phases", 'Did you mean "epochs"'),
-    engine_misspelt=(lambda t: t.run["engine"].update(class_path="Vmap"), 'unknown engine "Vmap"', "known: Vamp"),
+    engine_misspelt=(
+        lambda t: t.run["engine"].update(class_path="Vmap"),
+        'unknown engine "Vmap"',
+        "known: Monodecoder, Vamp",
+    ),
     engine_missing=(lambda t: t.run.pop("engine"), "engine"),
     run_dir_missing=(lambda t: t.run.pop("run_dir"), "run_dir"),
     validation_missing=(lambda t: t.vamp.pop("validation"), "validation"),
@@ -362,6 +367,162 @@ def apart(t: Trial, spoil: Callable[[], Any]) -> None:
     spoil()
 
 
+# Structures of proteins (`protein` in the name: the run is of the monodecoder).
+cases(
+    protein_file_missing=(lambda t: t.train.unlink(), "train.h5 is not a file", "HDF5"),
+    protein_file_empty=(lambda t: t.train.write_bytes(b""), "train.h5 cannot be opened as HDF5"),
+    protein_file_no_hdf5=(lambda t: t.train.write_text("ATOM"), "train.h5 cannot be opened as HDF5"),
+    protein_file_truncated=(
+        lambda t: t.rewrite(t.validation, lambda b: b[: len(b) // 2]),
+        "validation.h5 cannot be opened as HDF5",
+    ),
+    protein_file_without_structures=(
+        lambda t: without(t.train, "structs"),
+        "train.h5 has no group /structs, but index",
+        "gdyn prepare",
+    ),
+    protein_no_structures=(
+        lambda t: (without(t.train, "index"), without(t.train, *identifiers(t.train))),
+        "train.h5 holds no structures",
+    ),
+    protein_group_missing_late=(
+        lambda t: t.store(t.train, "node/ss/x", None),
+        "train.h5: structure protein0_0011: node/ss/x is missing",
+    ),
+    protein_coordinates_nan_late=(
+        lambda t: t.store(t.validation, "node/coords/x", lambda a: np.where(np.arange(3) == 1, np.nan, a)),
+        "validation.h5: structure protein1_0003: node/coords/x is not finite in row 0",
+    ),
+    protein_edges_out_of_range_late=(
+        lambda t: t.store(t.train, "edge/res_contactPoints_res/edge_index", lambda a: a + 90),
+        "structure protein0_0011: edge/res_contactPoints_res/edge_index is 9",
+        r"expected residues 0\.\.",
+    ),
+    protein_plddt_percent=(
+        lambda t: t.store(t.train, "node/plddt/x", lambda a: 100 * a),
+        "protein0_0011: node/plddt/x",
+        "divide confidences by 100",
+    ),
+    protein_widths_differ=(
+        lambda t: [t.store(t.validation, "node/res/x", lambda a: a[:, :21], i) for i in range(4)],
+        "engine.validation: .*validation.h5 has 21 features per residue",
+        "is 26; prepare all files alike",
+    ),
+    protein_features_wrong=(
+        lambda t: t.monodecoder.update(features=30),
+        "engine.train: .*train.h5 has 26 features per residue",
+        "is 30",
+    ),
+    protein_link_unknown=(
+        lambda t: t.monodecoder.update(links=["contactpoints"]),
+        "edge/res_contactpoints_res/edge_index is missing",
+        "one of the links backbone, backbonerev, contactPoints",
+    ),
+    protein_foldx_nowhere=(
+        lambda t: t.monodecoder.update(output_foldx=True),
+        "engine.output_foldx is true",
+        "no structure in .*train.h5",
+    ),
+    protein_compat=(
+        lambda t: t.monodecoder.update(compat=True),
+        "train.h5 was not written by foldtree2",
+        "leave out compat",
+    ),
+    protein_too_large=(
+        lambda t: t.monodecoder.update(max_residues=10),
+        "protein0_00.. has the size 1[1-4]",
+        "engine.max_residues = 10",
+        "or leave these samples out",
+    ),
+    protein_batch_too_large=(
+        lambda t: t.json.update(train_micro_batch_size_per_gpu=20),
+        "12 samples",
+        "lower the batch",
+    ),
+    protein_no_train_data=(lambda t: t.monodecoder.update(train=[]), "engine.train names no file"),
+    protein_no_validation=(
+        lambda t: (t.monodecoder.pop("validation"), t.monodecoder.update(validation_share=0.0)),
+        "engine.validation names no file",
+        "validation_share of 0.0 of 12 structures",
+    ),
+    protein_one_code=(lambda t: t.monodecoder.update(codes=1), "engine.codes = 1", "at least 2"),
+    protein_one_width=(lambda t: t.monodecoder.update(hidden=[8]), r"engine.hidden = \[8\]", "at least 2"),
+    protein_schedule_without_steps=(
+        lambda t: t.monodecoder.update(commitment={"start": 0.1, "end": 0.9, "steps": 0}),
+        "run.yaml: engine.commitment.steps",
+        "0 does not",
+    ),
+    protein_shape_misspelt=(
+        lambda t: t.monodecoder.update(weights={"edge": {"start": 1, "end": 0, "steps": 9, "shape": "cosin"}}),
+        "run.yaml: engine.weights.edge.shape",
+        "cosin",
+        "cosine_with_restarts",
+    ),
+    protein_weight_negative=(
+        lambda t: t.argv.extend(["--engine.weights.edge", "-0.1"]),
+        "engine.weights.edge",
+        r"v>=0. Found: -0\.1",
+    ),
+    protein_weight_misspelt=(
+        lambda t: t.monodecoder.update(weights={"egde": 0.1}),
+        "egde",
+        'Did you mean "edge"',
+    ),
+    protein_dropout_too_large=(lambda t: t.monodecoder.update(dropout=1.5), "engine.dropout", "1.5"),
+    protein_objective_of_another_engine=(
+        lambda t: t.run.update(loss_schedule=["vamp2"]),
+        '"vamp2"; Monodecoder knows loss',
+    ),
+    protein_muon_without_matrices=(
+        lambda t: (
+            t.monodecoder.update(encoder="mk1_muon"),
+            t.run.update(deepspeed="fp32_zero1_muon", optimization={"batch_size": 3, "gradient_accumulation_steps": 1}),
+            t.run.pop("loss_schedule"),
+            t.run.pop("epochs"),
+            t.run.update(phases=[{"objective": "loss", "epochs": 1, "trains": ["decoders.*"]}]),
+        ),
+        "is Muon, but this phase trains none of the matrices",
+    ),
+    trained_protein_other_network=(
+        lambda t: (t.monodecoder.update(embedding_dim=6), t.run.update(loss_schedule=["loss", "loss"])),
+        "do not fit",
+    ),
+    trained_evaluate_protein_no_data=(
+        lambda t: call(t, "evaluate", t.run_dir, "--data", "nowhere.h5"),
+        "nowhere.h5 is not a file",
+    ),
+    trained_encode_protein_too_few_letters=(
+        lambda t: call(t, "encode", t.run_dir, t.train, "--output", t.folder / "a.fasta"),
+        "70 codes",
+        "64",
+    ),
+    trained_encode_protein_other_features=(
+        lambda t: (
+            [t.store(t.validation, "node/res/x", lambda a: a[:, :21], i) for i in range(4)],
+            call(t, "encode", t.run_dir, t.validation, "--output", t.folder / "a.txt", "--alphabet", "foldtree2"),
+        ),
+        "validation.h5 have 21 features",
+        "trained on 26",
+    ),
+    apart_protein_file=(
+        lambda t: apart(t, lambda: t.monodecoder.update(train=["train.h5"], features=26)),
+        r"\[rank 1\]",
+        "elsewhere/train.h5",
+    ),
+)
+
+
+def identifiers(path: Path) -> list[str]:
+    with h5py.File(path) as file:
+        return [f"structs/{name}" for name in file["structs"]]
+
+
+def without(path: Path, *names: str) -> None:
+    with h5py.File(path, "a") as file:
+        for name in names:
+            del file[name]
+
+
 # The other programs.
 cases(
     evaluate_no_run=(lambda t: call(t, "evaluate", t.train, "--data", t.train), "train", "not a run folder"),
@@ -380,6 +541,11 @@ cases(
     analyze_no_run=(lambda t: call(t, "analyze", "nowhere"), "nowhere", "not a run folder"),
     trained_analyze_split_absent=(lambda t: call(t, "analyze", t.run_dir, "--split", "test"), "test"),
     analyze_split_unknown=(lambda t: call(t, "analyze", t.run_dir, "--split", "tset"), "tset", "test"),
+    encode_no_run=(lambda t: call(t, "encode", t.train, "a.pdb", "--output", "a.fasta"), "train", "not a run folder"),
+    trained_encode_no_alphabet=(
+        lambda t: call(t, "encode", t.run_dir, "a.pdb", "--output", "a.fasta"),
+        "Vamp learns no alphabet",
+    ),
     export_no_run=(lambda t: call(t, "export", t.train), "train", "not a run folder"),
     prepare_input_missing=(
         lambda t: call(t, "prepare", "trajectories", "no.npz", "--output", t.folder / "p"),

@@ -4,13 +4,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gdyn import ds_config
 from gdyn.checkpoints import CheckpointStore
 from gdyn.config import Checkpointing, Logging, Optimization, RunConfig
+from gdyn.engine import Engine
+from gdyn.engines.monodecoder.engine import Monodecoder
 from gdyn.engines.vamp.engine import Vamp
 from gdyn.phases import Phase
 from gdyn.ranks import ALONE, RankContext
@@ -18,38 +20,78 @@ from gdyn.recipes import bundled
 from gdyn.rundir import RunDir, read_metrics
 from gdyn.trainer import Trainer
 from tests.data import write_trajectory
+from tests.proteins import write_proteins
 
 CLOCK = "samples_per_second"
 
 
-def small_run(folder: Path, name: str, *, stage: int = 0, split: tuple[int, int] = (1, 1), **changes: Any) -> RunConfig:
-    """A run of 2 x 2 epochs of 4 steps on 48 pairs each, ready in a second. `split`: (ranks, micro-batches) of a step.
-
-    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of
-    RunConfig or of Vamp, by name.
-    """
+def _vamp(folder: Path, **sizes: Any) -> Vamp:
     train, validation = folder / "train", folder / "validation"
     if not train.exists():
-        ferro = changes.get("model_type") == "ferro"
+        ferro = sizes.get("model_type") == "ferro"
         write_trajectory(train, frames=200, targets=2, ferro=ferro)
         write_trajectory(validation, frames=99, targets=2, ferro=ferro, seed=1)
-    sizes = {"tau": 2, "state_len": 3, "atom_fea_len": 8, "n_conv": 2, "num_gaussians": 8, "cutoff": 5.0}
-    in_engine = {field.name for field in dataclasses.fields(Vamp)}
-    sizes |= {name: changes.pop(name) for name in list(changes) if name in in_engine}
+    small = {"tau": 2, "state_len": 3, "atom_fea_len": 8, "n_conv": 2, "num_gaussians": 8, "cutoff": 5.0}
+    return Vamp(train=[str(train)], validation=[str(validation)], test=[str(validation)], **small | sizes)
+
+
+def _monodecoder(folder: Path, **sizes: Any) -> Monodecoder:
+    train, validation = folder / "train.h5", folder / "validation.h5"
+    if not train.exists():
+        write_proteins(train, structures=24, residues=(8, 25))
+        write_proteins(validation, structures=8, residues=(8, 25), seed=1)
+    small = {"codes": 6, "embedding_dim": 8, "hidden": [16, 16, 16], "heads": 2, "feed_forward": 16, "dropout": 0.0}
+    return Monodecoder(train=[str(train)], validation=[str(validation)], test=[str(validation)], **small | sizes)
+
+
+class Small(NamedTuple):
+    """What a small run of an engine is made of."""
+
+    make: Callable[..., Engine]
+    """(folder of the data, which are made where they are not there yet; fields of the engine)."""
+    samples: int
+    """Of an optimizer step."""
+    phases: list[Phase]
+
+
+SMALL: dict[type[Engine], Small] = {
+    Vamp: Small(_vamp, 48, [Phase("vamp2", 2), Phase("vamp_sym", 2)]),
+    Monodecoder: Small(_monodecoder, 8, [Phase("loss", 3)]),
+}
+
+
+def small_run(
+    folder: Path,
+    name: str,
+    *,
+    engine: type[Engine] = Vamp,
+    stage: int = 0,
+    split: tuple[int, int] = (1, 1),
+    **changes: Any,
+) -> RunConfig:
+    """A run that is ready in a second: of Vamp, 2 x 2 epochs of 4 steps on 48 pairs each; of Monodecoder, 3 epochs of 3
+    steps on 8 structures each. `split`: (ranks, micro-batches) of a step.
+
+    Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of
+    RunConfig or of the engine, by name.
+    """
+    make, samples, phases = SMALL[engine]
+    in_engine = {field.name for field in dataclasses.fields(engine)}
+    sizes = {name: changes.pop(name) for name in list(changes) if name in in_engine}
     ranks, micro_batches = split
-    optimization = Optimization(48 // ranks // micro_batches, micro_batches, learning_rate=0.005)
     given = {
-        "phases": [Phase("vamp2", 2), Phase("vamp_sym", 2)],
-        "optimization": optimization,
+        "phases": phases,
+        "optimization": Optimization(samples // ranks // micro_batches, micro_batches, learning_rate=0.005),
+        "deepspeed": str(bundled()[f"fp32_zero{stage}"]),
         "checkpointing": Checkpointing(keep=20),
         "logging": Logging(every_steps=1, progress="off"),
     }
-    return RunConfig(
-        engine=Vamp(train=[str(train)], validation=[str(validation)], test=[str(validation)], **sizes),
-        deepspeed=str(bundled()[f"fp32_zero{stage}"]),
-        run_dir=str(folder / name),
-        **given | changes,
-    )
+    return RunConfig(engine=make(folder, **sizes), run_dir=str(folder / name), **given | changes)
+
+
+def as_new(config: RunConfig, folder: Path, **changes: Any) -> RunConfig:
+    """The same run file for a run of its own."""
+    return dataclasses.replace(config, run_dir=str(folder / "run"), **changes)
 
 
 class StopAfter:
@@ -106,6 +148,11 @@ def store(config: RunConfig) -> CheckpointStore:
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint."""
     return store(config).whole()[0].weights()
+
+
+def step(config: RunConfig) -> int:
+    """Optimizer steps of the newest checkpoint."""
+    return store(config).whole()[0].position.step
 
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:

@@ -20,10 +20,11 @@ from gdyn.ranks import ALONE
 from tests import harness
 from tests.bad_inputs import CASES
 from tests.data import write_trajectory
-from tests.trial import Trial
+from tests.proteins import write_proteins
+from tests.trial import ProteinTrial, Trial
 
 ONE_RANK = [name for name in CASES if not name.startswith("apart_")]
-PROGRAMS_OF_ONE_PROCESS = ("evaluate_", "analyze_", "export_", "prepare_")
+PROGRAMS_OF_ONE_PROCESS = ("evaluate_", "analyze_", "encode_", "export_", "prepare_")
 TWO_RANKS = [name for name in CASES if not name.removeprefix("trained_").startswith(PROGRAMS_OF_ONE_PROCESS)]
 REPRESENTATIVE = [
     *(
@@ -37,6 +38,8 @@ REPRESENTATIVE = [
     *("json_key_unknown", "two_precisions", "fp16_on_cpu", "data_file_missing", "distance_nan", "distance_nan_late"),
     *("validation_nan_late", "batch_too_large", "env_port_impossible", "run_dir_is_a_file", "init_from_other_network"),
     *("trained_tag_unknown", "trained_corrupted", "trained_other_schedule", "gdynet_key_unknown"),
+    *("protein_file_missing", "protein_group_missing_late", "protein_coordinates_nan_late", "protein_widths_differ"),
+    *("protein_too_large", "protein_one_code", "protein_foldx_nowhere"),
     *(name for name in CASES if name.startswith("apart_")),
 ]
 """Of every kind of mistake, and of every moment at which it shows."""
@@ -96,20 +99,24 @@ def endings(world_size: int, trials: Iterable[Trial]) -> list[tuple[Ending, ...]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and beside them a run that was trained on them."""
+    """For each kind of trial a folder with data, and beside them a run that was trained on them."""
     folder = tmp_path_factory.mktemp("good")
-    write_trajectory(folder / "train", frames=60)
-    write_trajectory(folder / "validation", frames=40, seed=1)
-    ((ending,),) = endings(1, [Trial(folder)])
-    assert ending.code == 0, ending.stderr
+    vamp, protein = folder / Trial.__name__, folder / ProteinTrial.__name__
+    write_trajectory(vamp / "train", frames=60)
+    write_trajectory(vamp / "validation", frames=40, seed=1)
+    write_proteins(protein / "train.h5", structures=12, residues=(8, 14))
+    write_proteins(protein / "validation.h5", structures=4, residues=(8, 14), seed=1)
+    for (ending,) in endings(1, [Trial(vamp), ProteinTrial(protein)]):
+        assert ending.code == 0, ending.stderr
     return folder
 
 
 def spoilt(name: str, prepared: Path, folder: Path) -> Trial:
     """A trial of its own, in `folder / name`."""
     trained = name.startswith("trained_")
-    shutil.copytree(prepared, folder / name, ignore=None if trained else shutil.ignore_patterns("run"))
-    trial = Trial(folder / name)
+    kind = ProteinTrial if "protein" in name else Trial
+    shutil.copytree(prepared / kind.__name__, folder / name, ignore=None if trained else shutil.ignore_patterns("run"))
+    trial = kind(folder / name)
     CASES[name][0](trial)
     return trial
 

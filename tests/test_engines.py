@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 import gdyn.engines
 from gdyn.engine import Engine, Step
-from gdyn.engines import Vamp
+from gdyn.engines import Monodecoder, Vamp
+from gdyn.errors import UserError
 from gdyn.evaluation import evaluate
 from gdyn.inference import load_weights
 from gdyn.loader import Loader
 from gdyn.phases import Phase
 from gdyn.ranks import ALONE
 from tests.data import write_trajectory
+from tests.proteins import write_proteins
+from tests.toy import Toy
 
 Batch = dict[str, Tensor]
 
@@ -32,7 +35,19 @@ def small_vamp(folder: Path, **changes: object) -> Vamp:
     return Vamp(**paths, **sizes | changes)  # type: ignore[arg-type]
 
 
+def small_monodecoder(folder: Path, **changes: object) -> Monodecoder:
+    paths = {}
+    for seed, split in enumerate(("train", "validation")):
+        paths[split] = [str(write_proteins(folder / f"{split}.h5", structures=60, residues=(5, 20), seed=seed))]
+    sizes = {"codes": 12, "embedding_dim": 8, "hidden": [16, 16, 16], "heads": 2, "feed_forward": 16, "dropout": 0.0}
+    return Monodecoder(**paths, **sizes | changes)  # type: ignore[arg-type]
+
+
 SMALL: dict[str, Callable[[Path], Engine]] = {
+    "Monodecoder": small_monodecoder,
+    "Monodecoder, plain": lambda folder: small_monodecoder(
+        folder, ema=False, mask_plddt=True, output_fft=False, links=["contactPoints", "backbone"]
+    ),
     "Vamp": small_vamp,
     "Vamp, shared": lambda folder: small_vamp(folder, lobe_sharing="shared"),
     "Vamp, ferro": lambda folder: small_vamp(folder, model_type="ferro"),
@@ -41,7 +56,7 @@ SMALL: dict[str, Callable[[Path], Engine]] = {
 """Of every engine at least one, small enough to train in a second, under a name that begins with the engine's."""
 
 
-OVERFITTED = {"Vamp": ("vamp2", -1.9)}
+OVERFITTED = {"Monodecoder": ("loss", 3.0), "Vamp": ("vamp2", -1.9)}
 """Per engine an objective, and the loss that shows it has learned by heart. Vamp's 3 states can reach -2."""
 
 
@@ -174,6 +189,20 @@ def test_it_overfits_a_few_samples(engine: Engine, model: nn.Module) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
     assert float(step_of(engine, model, batch, phase).metrics["loss"]) < reached
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (lambda toy: toy.evaluate(None, []), "Toy has no evaluation"),
+        (lambda toy: toy.report(None), "Toy has no report"),
+        (lambda toy: toy.predictor(toy.model()), "Toy has no stand-alone predictor"),
+        (lambda toy: toy.encode(None, [], Path(), ALONE), "Toy learns no alphabet"),
+    ],
+)
+def test_what_an_engine_does_not_have_is_one_sentence(asked: Callable[[Engine], object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        asked(Toy())
 
 
 def test_saved_weights_give_the_same_loss(engine: Engine, model: nn.Module, tmp_path: Path) -> None:

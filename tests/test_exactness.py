@@ -3,20 +3,15 @@
 The whole trainer runs on real ranks; the reference is one rank with one micro-batch at ZeRO stage 0.
 """
 
-import dataclasses
 from typing import Any
 
 import pytest
-import torch
-from deepspeed.utils import safe_get_full_grad
 
 from gdyn.phases import Phase
-from gdyn.ranks import RankContext
-from gdyn.trainer import Trainer
 from tests import runs
 from tests.data import write_trajectory
+from tests.exactness import TOLERANCE, Result, assert_exact, differences, watch
 
-TOLERANCE = 1e-5
 STEPS = 3
 SPLITS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
 CASES = {
@@ -25,37 +20,6 @@ CASES = {
     "vamp1-ferro": {"phases": [Phase("vamp1", 1)], "model_type": "ferro"},
     "vampe-legacy": {"phases": [Phase("vampe", 1)], "mode": "regularize", "epsilon": 1e-3},
 }
-
-
-class Watched(Trainer):
-    """Keeps the whole gradient of every optimizer step, as the optimizer gets it before clipping."""
-
-    def _initialize(self, *args: Any) -> None:
-        super()._initialize(*args)
-        self.gradients: list[torch.Tensor] = []
-        step = self.ds.step
-
-        def watched_step() -> None:
-            if self.ds.is_gradient_accumulation_boundary():
-                self.gradients.append(self._gradient())
-            step()
-
-        self.ds.step = watched_step
-
-    def _gradient(self) -> torch.Tensor:
-        sharded = self.ds.zero_optimization_stage() > 0
-        parts = [safe_get_full_grad(p) if sharded else p.grad for p in self.ds.module.parameters()]
-        return torch.cat([part.detach().double().flatten() for part in parts])
-
-
-def gradients(here: RankContext, config: Any) -> torch.Tensor:
-    return torch.stack(runs.train(here, config, kind=Watched).gradients)
-
-
-@dataclasses.dataclass
-class Result:
-    gradients: torch.Tensor  # (steps, parameters)
-    scores: torch.Tensor  # (lines of metrics, scores)
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +34,11 @@ def result(run_ranks, tmp_path_factory):
         if key not in done:
             settings = {"limit_windows": STEPS} | CASES[case] | changes
             config = runs.small_run(folder, f"run{len(done)}", stage=stage, split=split, **settings)
-            vectors = run_ranks(split[0], gradients, config)[0]
-            train = [record for record in runs.metrics(config) if record["split"] == "train"]
-            scores = torch.tensor(
-                [[r[name] for name in ("loss", "vamp1", "vamp2")] for r in train], dtype=torch.float64
-            )
-            done[key] = Result(vectors, scores)
+            done[key] = watch(run_ranks, split[0], config, ("loss", "vamp1", "vamp2"))
+            assert len(done[key].gradients) == STEPS
         return done[key]
 
     return get
-
-
-def differences(found: Result, reference: Result) -> tuple[float, float]:
-    """Largest relative differences: of the scores of all steps, and of the first gradient, to its global norm."""
-    assert found.gradients.shape == reference.gradients.shape
-    norms = reference.gradients.norm(dim=1)
-    assert len(norms) == STEPS and bool((norms > 1e-2).all())
-    scores = (found.scores - reference.scores).abs() / reference.scores.abs()
-    slopes = (found.gradients - reference.gradients).norm(dim=1) / norms
-    return float(scores.max()), float(slopes[0])  # later gradients are those of weights that Adam's steps made differ
-
-
-def assert_exact(found: Result, reference: Result) -> None:
-    scores, slopes = differences(found, reference)
-    assert scores <= TOLERANCE and slopes <= TOLERANCE
 
 
 @pytest.mark.parametrize(("stage", "split"), [(0, (1, 4)), (0, (2, 2)), (1, (2, 1))])

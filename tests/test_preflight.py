@@ -20,6 +20,7 @@ import torch
 
 from gdyn import collectives, ds_config, preflight, rundir
 from gdyn.config import Optimization
+from gdyn.engines.monodecoder.engine import Monodecoder
 from gdyn.engines.vamp.engine import Vamp
 from gdyn.engines.vamp.frames import FramePairs
 from gdyn.errors import UserError
@@ -244,6 +245,9 @@ def test_out_of_memory_is_refused_with_a_batch_that_fits() -> None:
     [finding] = findings({1: {"trial": Trial(out_of_memory="tried to allocate 3 GiB")}})
     assert "batch_size to 24 and double gradient_accumulation_steps to 2" in finding.text
     assert finding.fatal and finding.blames and finding.nodes == ("n1",)
+    bounded = Demand(micro_batch=48, accumulation=1, zero_stage=0, size_key="engine.max_residues")
+    [finding] = findings({1: {"trial": Trial(out_of_memory="tried to allocate 3 GiB")}}, demand=bounded)
+    assert "Lower engine.max_residues" in finding.text
     everywhere = {rank: {"trial": Trial(out_of_memory="too much")} for rank in range(4)}
     [finding] = findings(everywhere)
     assert finding.fatal and not finding.blames
@@ -615,8 +619,12 @@ def checked_run(here: RankContext, config: Any) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(1, {}), pytest.param(2, {"norm": "batch"}, marks=pytest.mark.slow)],
-    ids=["one", "two, synchronised"],
+    [
+        (1, {}),
+        pytest.param(2, {"norm": "batch"}, marks=pytest.mark.slow),
+        (2, {"engine": Monodecoder, "codes": 24, "revive_after": 1, "phases": [Phase("loss", 1)]}),
+    ],
+    ids=["one", "two, synchronised", "two, codes without gradients"],
 )
 def test_training_after_a_preflight_is_bit_for_bit_the_training_without(
     run_ranks: Any, tmp_path: Path, ranks: int, changes: dict[str, Any]

@@ -21,6 +21,7 @@ from gdyn.phases import Phase
 from gdyn.rundir import RunDir
 from tests import runs
 from tests.harness import REPOSITORY, RanksFailed, clean_environment
+from tests.runs import as_new, step
 
 ON_RANKS = {1: (1, 1), 2: (2, 1), 4: (4, 1)}
 READOUT = Phase("vamp_sym", 1, name="readout", trains=("lobe_?.readout*",))
@@ -47,19 +48,9 @@ def uninterrupted(run_ranks, folder):
     return get
 
 
-def as_new(config, folder, **changes):
-    """The same run file for a run of its own."""
-    return dataclasses.replace(config, run_dir=str(folder / "run"), **changes)
-
-
 def determined(weights):
     """Without the biases that cancel in a softmax: their gradient is rounding noise, which Adam makes full steps of."""
     return [weight for name, weight in weights.items() if not name.endswith("score.bias")]
-
-
-def step(config):
-    """Optimizer steps of the newest checkpoint."""
-    return runs.store(config).whole()[0].position.step
 
 
 def slow(*values):

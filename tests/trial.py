@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import yaml
 
@@ -79,3 +80,35 @@ class Trial:
 
     def rewrite(self, path: Path, change: Callable[[bytes], bytes]) -> None:
         path.write_bytes(change(path.read_bytes()))
+
+
+class ProteinTrial(Trial):
+    """One of the monodecoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.json["train_micro_batch_size_per_gpu"] = 3
+        self.monodecoder = {"train": [str(self.train)], "validation": [str(self.validation)]}
+        # More codes than the printable alphabet has letters.
+        self.monodecoder |= {"codes": 70, "embedding_dim": 4, "hidden": [8, 8], "heads": 1, "feed_forward": 8}
+        self.run["engine"] = {"class_path": "Monodecoder", "init_args": self.monodecoder}
+        self.run["loss_schedule"] = ["loss"]
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "train.h5"
+
+    @property
+    def validation(self) -> Path:
+        return self.folder / "validation.h5"
+
+    def store(
+        self, path: Path, name: str, change: Callable[[np.ndarray], np.ndarray] | None, structure: int = -1
+    ) -> None:
+        """Change a data set, or remove it; of the last structure, which only one rank meets, and not at once."""
+        with h5py.File(path, "a") as file:
+            group = list(file["structs"].values())[structure]
+            old = group[name][()]
+            del group[name]
+            if change is not None:
+                group[name] = change(old)

@@ -1,5 +1,6 @@
 """The engines. One import line each; importing is registering."""
 
+from gdyn.engines.monodecoder.engine import Monodecoder
 from gdyn.engines.vamp.engine import Vamp
 
-__all__ = ["Vamp"]
+__all__ = ["Monodecoder", "Vamp"]
