@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdyn.engine import Engine
+from gdyn.engine import Dataset, Engine
 from gdyn.loader import Loader
 from gdyn.metrics import Meter
 from gdyn.phases import Phase
@@ -51,3 +51,8 @@ def evaluate(
         pooled["loss"] = sign * pooled[phase.objective]
     means = {f"batch_{name}" if name in pooled else name: value for name, value in meter.means().items()}
     return pooled | means, meter.last
+
+
+def evaluate_alone(engine: Engine, model: nn.Module, dataset: Dataset, phase: Phase, batch: int = 16) -> dict[str, Any]:
+    """The same scores from this process alone, for what is done with a finished run."""
+    return evaluate(engine, model, Loader(dataset, batch, 1, ALONE), phase, ALONE)[0]

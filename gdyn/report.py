@@ -9,12 +9,16 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from gdyn.rundir import read_metrics
+
+if TYPE_CHECKING:
+    from gdyn.inference import Run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, then Tol's for those who have many states.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#444444", "#AA9988")
@@ -96,6 +100,28 @@ def _curves(axes: Any, rows: Sequence[dict[str, Any]], key: str) -> None:
         points = [(row["step"], row[key]) for row in rows if row["split"] == split and row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=tint, marker=marker, markersize=3.5, label=split)
+
+
+def how_made(run: Run) -> dict[str, Any]:
+    """How the run was made, for the page."""
+    last = (run.dir.starts() or [{}])[-1]
+    return {
+        **run.config.hyper_parameters,
+        "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
+        "checkpoint": run.tag,
+        "git commit": last.get("git_commit") or "unknown",
+        "versions": ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items() if version),
+        "run folder": run.dir.path,
+    }
+
+
+def plain(values: np.ndarray) -> Any:
+    """Nested lists for JSON, which knows neither NaN nor infinity: None."""
+    if np.issubdtype(values.dtype, np.floating):
+        unknown = ~np.isfinite(values)
+        values = values.astype(object)
+        values[unknown] = None
+    return values.tolist()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "numbers") -> str:

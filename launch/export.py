@@ -44,10 +44,10 @@ def export(run_dir: str, checkpoint: str = "best", output: str | None = None) ->
     from gdyn.rundir import versions, write_json
 
     run = load_run(run_dir, checkpoint)
+    predictor = run.engine.predictor(run.model)
     folder = Path(output) if output else run.dir.export
     folder.mkdir(parents=True, exist_ok=True)
     save_file(run.model.state_dict(), folder / "weights.safetensors")
-    predictor = run.engine.predictor(run.model)
     with torch.no_grad():
         program = torch.export.export(predictor.network, predictor.example, dynamic_shapes=predictor.dynamic_shapes)
         difference = (program.module()(*predictor.other) - predictor.network(*predictor.other)).abs().max()

@@ -125,10 +125,13 @@ def prepare(
     Raises: UserError on all ranks.
     """
     from gdyn import ds_config, ds_machine
+    from gdyn.engine import Engine
     from gdyn.trainer import Trainer
 
     config = command.config
     with here.together():
+        if config.export and type(config.engine).predictor is Engine.predictor:
+            raise UserError(f"export: {type(config.engine).__name__} has no stand-alone predictor; leave the key out.")
         recipe = ds_config.read(config.deepspeed)
         cautions = ds_config.check(recipe)
         if here.main:
@@ -198,6 +201,7 @@ def _record(config: RunConfig, run_dir: RunDir, here: ranks.RankContext, trainer
             "job": schedulers.around(os.environ).job_id(os.environ),
             "seed": config.seed,
             "samples": len(trainer.loader.dataset),
+            "samples_per_window": trainer.loader.samples_per_window,
         }
     )
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "gdyn").rglob("*.py"), *(ROOT / "launch").glob("*.py")])
 
 LIGHT = {
-    *("gdyn", "gdyn.cli", "gdyn.errors", "gdyn.phases", "gdyn.rundir", "gdyn.schedules", "gdyn.signals"),
+    *("gdyn", "gdyn.cli", "gdyn.errors", "gdyn.phases", "gdyn.rundir", "gdyn.signals"),
+    *("gdyn.learning_rate",),
     *("gdyn.recipes", "gdyn.ds_config", "gdyn.ds_keys", "gdyn.ds_machine"),
     *("gdyn.ranks", "gdyn.launchers", "gdyn.rendezvous", "gdyn.watchdog", "gdyn.failures"),
     *("gdyn.schedulers", "gdyn.supervisor", "gdyn.attempts", "gdyn.processes", "gdyn.planning"),

@@ -8,12 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gdyn import ranks
+from gdyn.config import Command
 from gdyn.engines.vamp.frames import Trajectory
+from gdyn.errors import UserError
 from gdyn.inference import load_run
-from gdyn.rundir import read_json
-from launch import export
+from gdyn.rundir import RunDir, read_json
+from gdyn.signals import StopRequest
+from launch import export, train
 from tests.harness import run_ranks
 from tests.runs import run, small_run
+from tests.toy import toy_run
 
 ALONE = """
 import sys, numpy as np, torch
@@ -43,6 +48,13 @@ def test_the_predictor_gives_the_networks_states_without_this_package(exported, 
     np.testing.assert_allclose(
         np.load(tmp_path / "states.npy"), exported.engine.predict(exported, trajectory), atol=1e-6
     )
+
+
+def test_a_run_that_cannot_be_exported_is_refused_before_it_trains(tmp_path):
+    config = toy_run(tmp_path, "run", export=True)
+    with pytest.raises(UserError, match="export: Toy has no stand-alone predictor"):
+        train.prepare(Command(config, "train", []), RunDir(tmp_path / "run"), ranks.ALONE, StopRequest())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_weights_are_those_of_the_best_checkpoint(exported):

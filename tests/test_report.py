@@ -11,6 +11,7 @@ from deeptime.decomposition import VAMP
 
 from gdyn import report
 from gdyn.config import RunConfig
+from gdyn.engine import Engine
 from gdyn.engines import Vamp
 from gdyn.engines.vamp import findings, kinetics
 from gdyn.engines.vamp.clock import Clock
@@ -210,6 +211,12 @@ def test_analyze_prints_the_short_table(run, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert str(run.dir.analysis / "report.html") in printed
     assert "validation_0.npy" in printed
+
+
+def test_an_engine_without_an_outline_of_its_own_prints_its_numbers(run):
+    result = {"checkpoint": "p0", "frames": 300, "vamp2": 0.123456789, "values": [1, 2], "none": None}
+    expected = ["checkpoint  p0", "frames      300", "vamp2       0.123457"]
+    assert Engine.evaluation_lines(run.engine, result) == Engine.report_lines(run.engine, result) == expected
 
 
 @pytest.mark.parametrize(

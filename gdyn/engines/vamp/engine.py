@@ -245,15 +245,27 @@ class Vamp(Engine):
 
         return evaluate(run, sources)
 
+    def evaluation_lines(self, result: dict[str, Any]) -> list[str]:
+        from gdyn.engines.vamp.outline import evaluation_lines
+
+        return evaluation_lines(result)
+
     def predictor(self, model: torch.nn.Module) -> Predictor:
         from gdyn.engines.vamp.predictor import predictor
 
         return predictor(model.lobe_0)  # type: ignore[arg-type]
 
+    report_options: ClassVar[tuple[str, ...]] = ("lags",)
+
     def report(self, run: Run, **options: Any) -> dict[str, Any]:
         from gdyn.engines.vamp.report import report  # matplotlib is not needed to train
 
         return report(run, **options)
+
+    def report_lines(self, summary: dict[str, Any]) -> list[str]:
+        from gdyn.engines.vamp.outline import report_lines
+
+        return report_lines(summary)
 
     def _features(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Probabilities (B, n, k) to float64 rows (B n, k - 1) without their null direction."""

@@ -17,8 +17,8 @@ from gdyn.engines.vamp.frames import FramePairs, Trajectory
 from gdyn.engines.vamp.kinetics import Band, Kinetics, analyse
 from gdyn.engines.vamp.page import render
 from gdyn.errors import UserError
-from gdyn.report import save_png, training_figure
-from gdyn.rundir import RunDir, read_json, write_json, write_text
+from gdyn.report import how_made, plain, save_png, training_figure
+from gdyn.rundir import RunDir, write_json, write_text
 
 if TYPE_CHECKING:
     from gdyn.engines.vamp.engine import Vamp
@@ -145,16 +145,16 @@ def summarize(kinetics: Kinetics, clock: Clock) -> dict[str, Any]:
         "learned": learned(k, clock),
         "warnings": warnings(k, clock),
         "timescales": {"lag": k.lag * time, "unit": unit, **_band(k.timescales, time)},
-        "implied_timescales": {"lags": _plain(k.lags * time), "unit": unit, **_band(k.implied_timescales, time)},
+        "implied_timescales": {"lags": plain(k.lags * time), "unit": unit, **_band(k.implied_timescales, time)},
         "koopman": _band(k.koopman),
-        "eigenvectors": _plain(k.eigenvectors),
+        "eigenvectors": plain(k.eigenvectors),
         "stationary_distribution": _band(k.stationary),
         "populations": _band(k.populations),
         "lifetimes": {"unit": unit, **_band(k.lifetimes, time)},
-        "dwell_times": {"unit": unit, "values": _plain(k.dwell_times * time)},
-        "transition_counts": _plain(k.transitions),
+        "dwell_times": {"unit": unit, "values": plain(k.dwell_times * time)},
+        "transition_counts": plain(k.transitions),
         "chapman_kolmogorov": {
-            "times": _plain(test.multiples * k.lag * time),
+            "times": plain(test.multiples * k.lag * time),
             "unit": unit,
             "predicted": _band(test.predicted),
             "estimated": _band(test.estimated),
@@ -164,28 +164,5 @@ def summarize(kinetics: Kinetics, clock: Clock) -> dict[str, Any]:
     }
 
 
-def how_made(run: Run) -> dict[str, Any]:
-    """How the run was made, for the page."""
-    starts = read_json(run.dir.provenance_json) if run.dir.provenance_json.exists() else []
-    last = starts[-1] if starts else {}
-    return {
-        **run.config.hyper_parameters,
-        "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
-        "checkpoint": run.tag,
-        "git commit": last.get("git_commit") or "unknown",
-        "versions": ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items() if version),
-        "run folder": run.dir.path,
-    }
-
-
 def _band(band: Band, scale: float = 1.0) -> dict[str, Any]:
-    return {name: _plain(bound * scale) for name, bound in zip(("values", "lower", "upper"), band, strict=True)}
-
-
-def _plain(values: np.ndarray) -> Any:
-    """Nested lists for JSON, which knows neither NaN nor infinity: None."""
-    if np.issubdtype(values.dtype, np.floating):
-        unknown = ~np.isfinite(values)
-        values = values.astype(object)
-        values[unknown] = None
-    return values.tolist()
+    return {name: plain(bound * scale) for name, bound in zip(("values", "lower", "upper"), band, strict=True)}
