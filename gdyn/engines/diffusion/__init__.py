@@ -1,0 +1,1 @@
+"""The diffusion engine: ligands for protein pockets by an equivariant latent diffusion model."""
