@@ -1,7 +1,7 @@
 """The E(n)-equivariant network on edge lists, in plain PyTorch: what gdyn's is measured against.
 
 Written after EDM's program: an edge for every pair of real atoms, [h_i, h_j, e_ij] of every edge in full, sums by
-index_add. Rows are gathered by index_select, whose gradient is several times faster on a CPU than that of h[index].
+index_add. Rows are gathered by index_select, which is faster on a CPU than h[index], forward and backward.
 Parameters carry gdyn's names, so `network.load_state_dict(egnn.state_dict())` makes both the same function.
 """
 

@@ -22,14 +22,14 @@ FEATURES, HIDDEN, BLOCKS = 32, 128, 3
 
 @dataclass(frozen=True)
 class Batch:
-    name: str
+    label: str
     molecules: int
     smallest: int
     largest: int
     floor: float
 
 
-BATCHES = (Batch("32 ligands of 20-35 atoms", 32, 20, 35, 1.5), Batch("8 pockets of 100-150 atoms", 8, 100, 150, 2.5))
+BATCHES = (Batch("32 ligands", 32, 20, 35, 1.5), Batch("8 pockets", 8, 100, 150, 2.5))
 ARMS = ("edge list", "gdyn", "gdyn, checkpointing")
 
 
@@ -43,9 +43,9 @@ def run(rounds: int) -> list[Finding]:
         for name in ARMS[1:]:
             floor = batch.floor if name == "gdyn" else None
             times = ratios(seconds["edge list"], seconds[name])
-            findings.append(finding(f"{batch.name}: {name}", times, "x", floor, detail=padding(atoms[2])))
+            findings.append(finding(f"{batch.label}: {name}", times, "x", floor, detail=padding(atoms[2])))
         for name in ARMS:
-            findings.append(finding(f"{name}, memory of a step", [peak_memory(batch, name)], "MB"))
+            findings.append(finding(f"{batch.label}: {name}, memory", [peak_memory(batch, name)], "MB"))
     return findings
 
 
@@ -98,9 +98,8 @@ def padding(mask: Tensor) -> str:
     real = int(mask.sum(1).square().sum())
     _, groups = group_by_size(mask, "sum", torch.float32)
     computed = sum(len(group.weights_g1m) * group.atoms**2 for group in groups)
-    return (
-        f"pairs {computed / real:.2f} of the real ones, {mask.shape[0] * mask.shape[1] ** 2 / real:.2f} if not grouped"
-    )
+    ungrouped = mask.shape[0] * mask.shape[1] ** 2
+    return f"{computed / real:.2f} pairs per real one, {ungrouped / real:.2f} if not grouped"
 
 
 def peak_memory(batch: Batch, arm: str) -> float:
