@@ -131,13 +131,13 @@ def read_ligand(file: File, hydrogens: bool = False) -> Ligand:
     chem = optional("rdkit.Chem")
     with optional("rdkit.rdBase").BlockLogs():
         molecule = _molecule(file)
+        atoms = [atom for atom in molecule.GetAtoms() if hydrogens or atom.GetAtomicNum() != 1]
+        if not atoms:
+            raise UserError(f"{file.name} has no heavy atom.")
         if not molecule.GetNumConformers() or not molecule.GetConformer().Is3D():
             raise UserError(f"{file.name} is a drawing in two dimensions; the ligand's pose is needed.")
         chem.AssignStereochemistryFrom3D(molecule)
         smiles = chem.MolToSmiles(chem.RemoveHs(molecule, sanitize=False))
-    atoms = [atom for atom in molecule.GetAtoms() if hydrogens or atom.GetAtomicNum() != 1]
-    if not atoms:
-        raise UserError(f"{file.name} has no heavy atom.")
     positions = molecule.GetConformer().GetPositions()[[atom.GetIdx() for atom in atoms]]
     if not np.isfinite(positions).all():
         raise UserError(f"{file.name} has an atom whose position is not finite.")
@@ -309,6 +309,8 @@ def _molecule(file: File) -> Any:
         chem.SanitizeMol(molecule)
     except ValueError as error:
         raise UserError(f"RDKit cannot sanitise {file.name}: {_line(error)}.") from None
+    if _suffix(file.name) == ".mol2" and any(atom.GetNumRadicalElectrons() for atom in molecule.GetAtoms()):
+        raise UserError(f"{file.name} lacks hydrogens; a MOL2 file names them all, an SDF file need not.")
     return molecule
 
 
