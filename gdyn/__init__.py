@@ -1,7 +1,7 @@
 """gdyn: train graph networks on molecular data, exactly, on any number of ranks. A map:
 
 phases                                   Phase, Plan, Position: what is next, in pure arithmetic
-rundir, errors                           where things of a run go; what a user can cause
+rundir, errors, extras                   where things of a run go; what a user can cause; packages that may be missing
 sites, schedulers                        a machine's script and facts; its queue
 run_files, jobs, submission              a run file without torch; a request made into a job; written and handed in
 supervisor, attempts, processes          what a job script starts: restarts, spares, hand-over; what files say

@@ -42,7 +42,12 @@ def bits(keys_b: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]
     """64 random bits each, int64."""
     seeds_b = splitmix64(splitmix64(splitmix64(keys_b) + step) + stream)
     elements = torch.arange(math.prod(shape), device=keys_b.device)
-    return splitmix64(seeds_b.unsqueeze(-1) + elements * GOLDEN).view(len(keys_b), *shape)
+    return output(seeds_b.unsqueeze(-1), elements).view(len(keys_b), *shape)
+
+
+def output(seed: Tensor, n: Tensor) -> Tensor:
+    """Output number n = 0, 1, ... of the generator with this seed, int64."""
+    return splitmix64(seed + n * GOLDEN)
 
 
 def splitmix64(state: Tensor) -> Tensor:

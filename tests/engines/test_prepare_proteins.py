@@ -292,7 +292,7 @@ def test_an_output_is_replaced_only_when_asked(tmp_path):
 
 def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydssp", None)
-    with pytest.raises(UserError, match=r'needs pydssp: pip install "gdyn\[prepare\]"'):
+    with pytest.raises(UserError, match=r'needs the Python package pydssp\S*: pip install "gdyn\[prepare\]"'):
         run(folder_of(tmp_path / "in", 1), tmp_path / "out.h5")
 
 

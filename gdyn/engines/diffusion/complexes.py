@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gdyn.engines.diffusion import layout
-from gdyn.engines.diffusion.sources import optional
 from gdyn.errors import MissingFile, UserError
+from gdyn.extras import optional
 from gdyn.nn.ragged import pad
 
 FARTHEST = 1e4

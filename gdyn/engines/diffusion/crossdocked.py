@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from gdyn.engines.diffusion.layout import BACKBONE, residue_classes
-from gdyn.engines.diffusion.sources import File, Ligand, Protein, optional
+from gdyn.engines.diffusion.sources import File, Ligand, Protein
 from gdyn.errors import MissingFile, UserError
+from gdyn.extras import optional
 
 AMINO_ACIDS = "ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP TYR".split()
 """By protein_atom_to_aa_type: in the order of the one-letter codes, not of ours."""

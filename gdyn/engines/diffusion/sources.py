@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import io
 import itertools
 import lzma
@@ -18,13 +17,13 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gdyn.engines.diffusion.layout import BACKBONE, POCKET, residue_classes
 from gdyn.errors import MissingFile, UserError
+from gdyn.extras import optional
 
 PROTEIN_NAME = re.compile(r"(?P<id>.+)_(?P<kind>protein|pocket(?P<shell>\d*))\.(pdb|ent|cif|mmcif)(\.gz)?", re.I)
 LIGAND_NAME = re.compile(r"(?P<id>.+)_ligand\.(?P<kind>sdf|mol|mol2)(\.gz)?", re.I)
@@ -181,14 +180,6 @@ def read_protein(file: File) -> Protein:
     values = zip(*(row for _, row in rows), strict=True)
     columns = {name: np.array(row, POCKET[name][0]) for name, row in zip(FROM_FILE, values, strict=True)}
     return Protein(positions, columns | {"residue": residue_classes(columns["residue_name"].astype(str))})
-
-
-def optional(module: str) -> ModuleType:
-    """A package of the extra `prepare`, or a UserError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f'this needs the Python package {error.name}; pip install "gdyn[prepare]"') from None
 
 
 def _match(names: Sequence[str]) -> tuple[list[Names], list[Skipped]]:

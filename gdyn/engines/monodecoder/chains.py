@@ -6,18 +6,17 @@ Legend: L residues; the backbone atoms are N, CA, C, O, in this order.
 from __future__ import annotations
 
 import gzip
-import importlib
 import re
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from gdyn.engines.monodecoder.layout import AMINO_ACIDS, CONTACT_DISTANCE
-from gdyn.errors import UserError
+from gdyn.extras import optional
 
 if TYPE_CHECKING:
     import gemmi
@@ -85,14 +84,6 @@ def read_chains(name: str, data: bytes) -> list[Chain]:
         _chain(re.sub(r"[\s/>]+", "_", name), residues, origin)
         for name, residues in zip(names, proteins.values(), strict=True)
     ]
-
-
-def optional(package: str) -> Any:
-    """A package that only the preparation needs. Raises: UserError if it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f'gdyn prepare proteins needs {package}: pip install "gdyn[prepare]" ({error}).') from None
 
 
 def split_name(name: str) -> tuple[str, bool, bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gdyn.engines.monodecoder.chains import PEPTIDE_BOND, optional
+from gdyn.engines.monodecoder.chains import PEPTIDE_BOND
 from gdyn.engines.monodecoder.layout import (
     AMINO_ACIDS,
     CONTACT_DISTANCE,
@@ -17,6 +17,7 @@ from gdyn.engines.monodecoder.layout import (
     SPECTRUM_WIDTH,
     TRIANGLE,
 )
+from gdyn.extras import optional
 
 CARBONYL_BOND = 1.231
 """Å, C=O (Engh and Huber 1991)."""

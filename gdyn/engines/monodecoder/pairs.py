@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdyn.nn import counters
 from gdyn.nn.ragged import owners, places
 
 
@@ -47,7 +48,7 @@ def _draw(keys_b: Tensor, step: int, lengths_b: Tensor, draws_b: Tensor) -> tupl
     """(lower, higher rows) of as many pairs per structure as `draws_b` says, each of its L (L - 1) / 2 pairs equally
     likely."""
     owner = owners(draws_b)
-    random = splitmix64(splitmix64(keys_b, torch.tensor(step))[owner], places(draws_b))
+    random = counters.output(counters.output(keys_b, torch.tensor(step))[owner], places(draws_b))
     length = lengths_b[owner]
     # L choices of one residue and L - 1 of another give each pair twice. The modulo of 64 bits favours none that shows.
     choice = random % (length * (length - 1))
@@ -55,22 +56,3 @@ def _draw(keys_b: Tensor, step: int, lengths_b: Tensor, draws_b: Tensor) -> tupl
     other = other + (other >= one)
     starts = (lengths_b.cumsum(0) - lengths_b)[owner]
     return starts + torch.minimum(one, other), starts + torch.maximum(one, other)
-
-
-def splitmix64(seed: Tensor, n: Tensor) -> Tensor:
-    """Output number n = 0, 1, ... of the generator SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), int64 with the bits
-    of its uint64."""
-    z = seed + (n + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift_right(z, 31)
-
-
-def _signed(bits: int) -> int:
-    """The int64 with the bits of a uint64 whose highest one is set."""
-    return bits - 2**64
-
-
-def _shift_right(z: Tensor, places: int) -> Tensor:
-    """With zeros from the left; `>>` of a negative number brings ones."""
-    return (z >> places) & (2 ** (64 - places) - 1)

@@ -29,11 +29,12 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from gdyn import __version__
-from gdyn.engines.monodecoder.chains import Chain, Rule, Unusable, confidence, optional, read_chains
+from gdyn.engines.monodecoder.chains import Chain, Rule, Unusable, confidence, read_chains
 from gdyn.engines.monodecoder.features import features, peptide_bonds
 from gdyn.engines.monodecoder.layout import AMINO_ACIDS, LAYOUT, POSITION_BASE, POSITION_WIDTH, VERSION
 from gdyn.engines.monodecoder.sources import PIECE, Entry, find, is_archive, pieces, same_identifier
 from gdyn.errors import MissingFile, UserError
+from gdyn.extras import optional
 from gdyn.nn.positions import encode_positions
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from gdyn.engines.vamp.sources import SYMBOLS, Frame, optional
+from gdyn.engines.vamp.sources import SYMBOLS, Frame
 from gdyn.errors import UserError
+from gdyn.extras import optional
 
 ALL_PAIRS_ATOMS = 64
 """Open systems up to this size take all pairs in NumPy, many frames at once: exact, and quicker than list by list."""

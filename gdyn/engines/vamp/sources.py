@@ -17,7 +17,6 @@ This module imports the optional readers when a file needs them.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import warnings
@@ -26,12 +25,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gdyn.errors import MissingFile, UserError
+from gdyn.extras import optional
 
 SYMBOLS = (
     "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y "
@@ -288,14 +287,6 @@ class AseSource(Source):
             yield from read(self.path, index=which)
         except Exception as error:  # parsers raise anything; it always means that the file cannot be read
             raise UserError(f"ASE cannot read {self.path}: {error or type(error).__name__}") from None
-
-
-def optional(module: str) -> ModuleType:
-    """A package of the extra `prepare`, or a UserError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f'this needs the Python package {error.name}; pip install "gdyn[prepare]"') from None
 
 
 def _inventory(atom_types: np.ndarray) -> str:
