@@ -241,7 +241,7 @@ def test_bound_of_a_perfect_denoiser_of_gaussian_latents() -> None:
     prior = 0.5 * (alpha2[-1] * s**2 + sigma2[-1] - 1 - np.log(sigma2[-1]))
     expected = (3 * (n - 1) + d * n) * (steps + likelihood + prior)
     entropy = (3 * (n - 1) + d * n) * 0.5 * (np.log(2 * np.pi * s**2) + 1)
-    assert found == pytest.approx(expected, rel=0.01)
+    assert found == pytest.approx(expected, abs=2.5)  # the spread from seed to seed is 0.6
     assert entropy < expected < entropy + 10
 
 
