@@ -37,7 +37,8 @@ class Phase:
     frozen."""
 
     patience: int | None = None
-    """Epochs without a better validation score of the objective, since the phase began, after which it ends early."""
+    """Epochs without a better validation score of the objective, since the phase began, after which it ends early. A
+    learning-rate schedule counts the steps that were taken, so it is then not over at the end of the run."""
 
     restore_best: bool = False
     """Whether the next phase begins from this one's best weights instead of its last, with a new optimizer."""
