@@ -204,6 +204,8 @@ class Trainer:
             last, total = first + phase.epochs - position.epoch - 1, self.plan.epochs
             log.info("phase %s: objective %s, epochs %d-%d of %d.", phase.label, phase.objective, first, last, total)
             self.console.phase(position.phase, phase)
+        if self.rates is not None:
+            self.rates.begin_phase(position.phase, phase.epochs * self.loader.windows_per_epoch(0))
         weights = self.phase_best.restored(position, self.store)
         if weights is not None:
             checkpoint = None  # its optimizer state belongs to other weights
