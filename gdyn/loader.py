@@ -122,9 +122,8 @@ class Loader:
         sizes = self._sizes
         largest = int(sizes.argmax())
         if sizes[largest] > self.max_size:
-            names = getattr(self.dataset, "identifiers", None)
             raise UserError(
-                f"{f'sample {largest}' if names is None else names[largest]} has the size {sizes[largest]}, but "
+                f"{self.name(largest)} has the size {sizes[largest]}, but "
                 f"{self.size_key} = {self.max_size} bounds a micro-batch ({int((sizes > self.max_size).sum())} of "
                 f"{len(sizes)} samples are larger); raise {self.size_key} to {sizes[largest]} or more, or leave these "
                 "samples out of the data."
@@ -138,6 +137,15 @@ class Loader:
         )
         for _ in ends:
             yield [next(batches) for _ in range(self.accumulation)]
+
+    def samples(self, epoch: int, first: int, last: int) -> list[np.ndarray]:
+        """What this rank's micro-batches hold in the window from `first` to `last` of an epoch's order."""
+        return self._share(self._order(epoch)[first:last])
+
+    def name(self, sample: int) -> str:
+        """What messages call a sample."""
+        names = getattr(self.dataset, "identifiers", None)
+        return f"sample {sample}" if names is None else str(names[sample])
 
     def shard(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's contiguous part of the data set, in order, nothing dropped and nothing twice. All ranks get the
