@@ -1,6 +1,6 @@
 """gdyn: train graph networks on molecular data, exactly, on any number of ranks. A map:
 
-phases                                   Phase, Plan, Position: what is next, in pure arithmetic
+phases, phase_best                       what is next, in pure arithmetic; whether a phase ends early, what it leaves
 rundir, errors, extras                   where things of a run go; what a user can cause; packages that may be missing
 sites, schedulers                        a machine's script and facts; its queue
 run_files, jobs, submission              a run file without torch; a request made into a job; written and handed in
@@ -16,7 +16,7 @@ config, gdynet                           a run file, ours or GDyNet's, read into
 trainer, window, ds_engine               the one loop; one optimizer step; DeepSpeed's engine, made and let go
 loader, checkpoints                      whole windows in; positions saved and found
 optimizer, learning_rate, schedules      parameter groups and Muon; learning rates over a run; other numbers over steps
-metrics, progress                        means and logs of a run; what a person sees
+metrics, progress, loss_curves           means and logs of a run; what a person sees; a picture of each phase
 inference, evaluation, report            a finished run read back, scored, shown
 cli                                      `gdyn train|analyze|...`, the programs of launch/
 """

@@ -274,6 +274,8 @@ class CheckpointStore:
             kept |= {checkpoint.tag for checkpoint in checkpoints[: self.keep]}
             # Epoch 0 of phase p is next: the end of the phase before.
             kept |= {c.tag for c in checkpoints if c.position.epoch == 0 and c.position.sample == 0}
+        # What a phase restores at its end, by whatever checkpoint the run is resumed.
+        kept |= {c.record["phase_best"]["tag"] for c in checkpoints if c.tag in kept and c.record.get("phase_best")}
         for checkpoint in checkpoints:
             if checkpoint.tag not in kept:
                 _remove(checkpoint.path)

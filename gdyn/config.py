@@ -74,8 +74,9 @@ class Logging:
 
     every_steps: PositiveInt = 10
     """A line of metrics.jsonl and a TensorBoard point after so many optimizer steps."""
-    style: Literal["table", "gdynet"] = "table"
-    """How an epoch is printed: one table row, or the original GDyNet block."""
+    style: Literal["table", "gdynet", "lines"] = "table"
+    """How an epoch is printed: one table row, the original GDyNet block, or a line for scripts, "Epoch 1: Train Loss =
+    0.1234, Test Loss = 0.1456", numbered within its phase, where Test is the validation set."""
     progress: Literal["auto", "on", "off"] | bool = "auto"
     """A progress bar per epoch; auto: only on a terminal."""
 
@@ -121,8 +122,10 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue if the run folder holds checkpoints; never: refuse to; or a tag such as p1-vamp1-e0015."""
 
-    init_from: str | None = None
-    """Start from another run's best weights (a run folder) or from a .safetensors file."""
+    init_from: dict[str, str] | str | None = None
+    """Start from another run's best weights (a run folder) or from a .safetensors file; or parts from several:
+    {"encoder.*": runs/one, "decoder.*": runs/two}, globs over names of weights, of which the last that matches counts;
+    what none matches begins fresh."""
 
     allow_schedule_change: bool = False
     """Accept that phases already trained differ from the run file's."""
@@ -189,14 +192,15 @@ class RunConfig:
 
     def _check_needs(self, plan: Plan) -> None:
         """Raises: UserError if a phase builds on weights that nothing has trained by then."""
-        trained = ["*"] if self.init_from else []
+        given = self.init_from or ()
+        trained = ["*"] if isinstance(given, str) else list(given)
         for i, phase in enumerate(plan.phases):
             missing = [glob for glob in self.engine.needs(phase.objective) if not covered(glob, trained)]
             if missing:
                 raise UserError(
                     f"phases[{i}] ({phase.label}) builds on {', '.join(missing)}, which no phase before it trains. Put "
-                    "such a phase before it (its trains must cover each of these), or take them from another run with "
-                    "init_from."
+                    "such a phase before it (its trains must cover each of these), or take them from another run: "
+                    f'init_from: {{"{missing[0]}": runs/other}}.'
                 )
             trained += phase.trains
 
@@ -273,7 +277,14 @@ def parse(argv: list[str]) -> Command:
     # A DeepSpeed JSON may lie beside the run file.
     fields["deepspeed"] = str(recipes.find_recipe(fields["deepspeed"], run_file and run_file.parent))
     fields["run_dir"] = str(Path(fields["run_dir"]).absolute())
+    fields["init_from"] = _absolute(fields["init_from"])
     return Command(RunConfig(**fields), objects["mode"], notices)
+
+
+def _absolute(init_from: dict[str, str] | str | None) -> dict[str, str] | str | None:
+    if isinstance(init_from, dict):
+        return {glob: str(Path(source).absolute()) for glob, source in init_from.items()}
+    return init_from and str(Path(init_from).absolute())
 
 
 def load(path: Path) -> RunConfig:

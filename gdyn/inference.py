@@ -3,6 +3,8 @@ DeepSpeed."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,12 @@ from gdyn.checkpoints import Checkpoint, CheckpointStore
 from gdyn.config import RunConfig
 from gdyn.engine import Engine
 from gdyn.errors import MissingFile, UserError
+from gdyn.phases import Phase
 from gdyn.ranks import ALONE
 from gdyn.rundir import RunDir
+
+SHOWN = 10
+"""Of what does not fit, so many are named."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def load_run(path: str | Path, checkpoint: str = "best") -> Run:
     run_dir = RunDir(Path(path)).existing()
     config = run_config.load(run_dir.run_yaml)
     store = CheckpointStore(run_dir.checkpoints, ALONE)
-    chosen = choose(store, config, checkpoint)
+    chosen = choose(store, config.plan.phases, checkpoint)
     damage = store.damage(chosen)
     if damage:
         raise UserError(f"checkpoint {chosen.path} is damaged: {damage}; choose another with --checkpoint.")
@@ -53,11 +59,11 @@ def load_run(path: str | Path, checkpoint: str = "best") -> Run:
     return Run(run_dir, config, model.eval(), chosen.tag)
 
 
-def choose(store: CheckpointStore, config: RunConfig, which: str) -> Checkpoint:
+def choose(store: CheckpointStore, phases: Sequence[Phase], which: str) -> Checkpoint:
     """Raises: MissingFile if there is no such checkpoint."""
     if which in ("best", "latest"):
         best = store.best()
-        objective = next((p.objective for p in reversed(config.plan.phases) if p.objective in best), None)
+        objective = next((p.objective for p in reversed(phases) if p.objective in best), None)
         if which == "best" and objective is not None:
             return store.read(store.path / best[objective]["tag"])
         checkpoints = store.whole()
@@ -67,34 +73,103 @@ def choose(store: CheckpointStore, config: RunConfig, which: str) -> Checkpoint:
     return store.read(store.path / which)
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    source: str,
+    cure: str = "Restore the settings it was trained with.",
+) -> None:
     """Raises: UserError naming what does not fit."""
     expected = model.state_dict()
-    wrong = [f"{name} is missing" for name in expected if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in expected]
-    wrong += [
-        f"{name} has shape {tuple(weights[name].shape)}, {tuple(expected[name].shape)} expected"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights in {source} do not fit the engine of the run file: {'; '.join(wrong[:3])}{more}.")
+    strangers = [f"{name} is unknown" for name in weights if name not in expected]
+    _refuse([*_misfits(weights, expected), *strangers], source, cure)
     model.load_state_dict(weights)
 
 
+def begin_from(init_from: str | Mapping[str, str], model: nn.Module) -> None:
+    """Load what a run file's `init_from` says: all weights of one source, or parts of several.
+
+    Raises: MissingFile, UserError naming the source and what does not fit.
+    """
+    if isinstance(init_from, str):
+        cure = (
+            'Take the parts that fit, as in init_from: {"encoder.*": runs/other}, or give the engine the same settings.'
+        )
+        load_weights(model, weights_of(Path(init_from)), f"init_from {init_from}", cure)
+        return
+    weights = model.state_dict()
+    for glob, names in _shares(init_from, list(weights)).items():
+        given = weights_of(Path(init_from[glob]))
+        cure = "Narrow the glob, or give the engine the settings of that run."
+        wanted = {name: weights[name] for name in names}
+        _refuse(_misfits(given, wanted), f'init_from {{"{glob}": {init_from[glob]}}}', cure)
+        weights |= {name: given[name] for name in names}
+    model.load_state_dict(weights)
+
+
+def _shares(globs: Iterable[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Glob -> the names that no later glob matches too.
+
+    Raises: UserError if a glob matches nothing.
+    """
+    last: dict[str, str] = {}
+    for glob in globs:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        if not matched:
+            raise UserError(
+                f'init_from: "{glob}" matches no weight of the network; the first are {", ".join(names[:3])}.'
+            )
+        last |= dict.fromkeys(matched, glob)
+    return {glob: [name for name, owner in last.items() if owner == glob] for glob in globs}
+
+
+def _misfits(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    missing = [f"{name} is missing" for name in expected if name not in given]
+    return missing + [
+        f"{name} has shape {tuple(given[name].shape)}, {tuple(tensor.shape)} expected"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+
+
+def _refuse(wrong: Sequence[str], source: str, cure: str) -> None:
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(
+            f"the weights of {source} do not fit the engine of the run file: {'; '.join(wrong[:SHOWN])}{more}. {cure}"
+        )
+
+
 def weights_of(source: Path) -> dict[str, torch.Tensor]:
-    """The weights to start another run from: of a run folder (its best checkpoint), or of a .safetensors file.
+    """The weights to start another run from: of a run folder (its best checkpoint, whatever engine it is of), or of a
+    .safetensors file.
 
     Raises: MissingFile, UserError. Pickled checkpoints are not read.
     """
     if source.is_dir():
-        return load_run(source).model.state_dict()
+        return _best(RunDir(source).existing()).weights()
     if not source.is_file():
         raise MissingFile(f"init_from {source} does not exist; give a run folder or a .safetensors file.")
     try:
         return load_file(source)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
-            f"init_from {source} is not a .safetensors file ({error}); export the other run's weights."
+            f"init_from {source} is not a .safetensors file, or damaged ({error}); export the other run's weights."
         ) from None
+
+
+def _best(run_dir: RunDir) -> Checkpoint:
+    """As `load_run` chooses, by what the checkpoints themselves say of the run's phases.
+
+    Raises: MissingFile, UserError if it is damaged.
+    """
+    store = CheckpointStore(run_dir.checkpoints, ALONE)
+    phases = [Phase.of(record) for newest in store.whole()[:1] for record in newest.record["phases"]]
+    chosen = choose(store, phases, "best")
+    damage = store.damage(chosen)
+    if damage:
+        raise UserError(
+            f"init_from {run_dir.path}: its best checkpoint {chosen.tag} is damaged: {damage}; give the "
+            "weights.safetensors of another checkpoint."
+        )
+    return chosen

@@ -159,8 +159,11 @@ def _freeze(
         recipe, wishes.get("batch_size"), wishes.get("gradient_accumulation_steps")
     )
     frozen = {**content, "run_dir": str(run_dir.path / member), "deepspeed": str(run_dir.job / json_name)}
-    if isinstance(content.get("init_from"), str):
-        frozen["init_from"] = str(request.directory / content["init_from"])
+    given = content.get("init_from")
+    if isinstance(given, str):
+        frozen["init_from"] = str(request.directory / given)
+    elif isinstance(given, dict):
+        frozen["init_from"] = {glob: str(request.directory / str(source)) for glob, source in given.items()}
     if not request.preflight:
         frozen["preflight"] = "off"
     run_file = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)

@@ -14,8 +14,8 @@ Shape = Literal["plateau", "cosine", "linear", "cosine_restarts", "polynomial", 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """A warm-up, then a decay over the rest of the run. Steps are optimizer steps of all phases. All parameter groups
-    are multiplied by the same number, so their rates keep their ratios."""
+    """A warm-up, then a decay over the rest of the run. Steps are optimizer steps of all phases, or with `each_phase` of
+    the present one. All parameter groups are multiplied by the same number, so their rates keep their ratios."""
 
     shape: Shape = "none"
     """What follows the warm-up. none: constant; linear, cosine: to the floor at the end of the run; polynomial: linear
@@ -42,6 +42,9 @@ class LearningRateSchedule:
 
     patience: int = 2
     """Epochs without a new best validation score that plateau lets pass; it acts on the next."""
+
+    each_phase: bool = False
+    """Begin anew with every phase, for phases that train different parts."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -93,6 +96,8 @@ class LearningRates:
         self.base: list[float] = []
         """Learning rate of each parameter group, before it is multiplied."""
         self.steps, self.drops, self.waiting = 0, 0, 0
+        self.phase, self.start = 0, 0
+        """With `each_phase`: the phase, and the steps before it."""
         self.objective, self.best = "", math.nan
 
     def attach(self, optimizer: Any) -> LearningRates:
@@ -109,8 +114,18 @@ class LearningRates:
     def get_last_lr(self) -> list[float]:
         """Of each parameter group, for the optimizer step that comes next."""
         floor = min(1.0, self.schedule.min_lr / self.base[0]) if self.base[0] else 0.0
-        multiplier = self.schedule.at(self.steps, self.total_steps, self.drops, floor)
+        multiplier = self.schedule.at(self.steps - self.start, self.total_steps, self.drops, floor)
         return [rate * multiplier for rate in self.base]
+
+    def begin_phase(self, phase: int, total_steps: int) -> None:
+        """What `each_phase` reacts to: a phase begins or is resumed. total_steps: its own."""
+        if not self.schedule.each_phase:
+            return
+        self.total_steps = total_steps
+        if phase != self.phase:
+            self.phase, self.start, self.drops = phase, self.steps, 0
+        if self.optimizer is not None:
+            self.apply()
 
     def step(self) -> None:
         self.steps += 1
@@ -138,11 +153,15 @@ class LearningRates:
         return {"steps": self.steps, "drops": self.drops, "waiting": self.waiting} | {
             "objective": self.objective,
             "best": best,
+            "phase": self.phase,
+            "start": self.start,
         }
 
     def load_state_dict(self, state: Any) -> None:
         """A `state_dict`. Anything else is passed over: DeepSpeed brings what a checkpoint holds, which may be
         another scheduler's state, or None."""
-        if isinstance(state, dict) and state.keys() == self.state_dict().keys():
+        ours = self.state_dict().keys()
+        # Older ones know no phase.
+        if isinstance(state, dict) and ours - {"phase", "start"} <= state.keys() <= ours:
             best = math.nan if state["best"] is None else state["best"]
             self.__dict__.update(state, best=best)

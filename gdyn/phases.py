@@ -3,11 +3,15 @@
 A `Position` names the *next* piece of work, so "epoch 45" never has to be interpreted: `Position(phase=1, epoch=15)`
 means that epoch 15 of phase 1 is about to run. Extending a schedule, resuming in the middle of a phase or of an epoch
 and resuming on another number of ranks are all the one question "what is next?", answered here.
+
+Epochs are numbered by plan: a phase that ends early leaves the numbers of its other epochs unused, so that the phases
+after it have the same numbers, tags and orders of samples whenever it ends.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +35,13 @@ class Phase:
     trains: tuple[str, ...] = ("*",)
     """Globs over parameter names: what this phase trains; "*": all that the objective trains. Everything else is
     frozen."""
+
+    patience: int | None = None
+    """Epochs without a better validation score of the objective, since the phase began, after which it ends early. A
+    learning-rate schedule counts the steps that were taken, so it is then not over at the end of the run."""
+
+    restore_best: bool = False
+    """Whether the next phase begins from this one's best weights instead of its last, with a new optimizer."""
 
     @property
     def label(self) -> str:
@@ -70,6 +81,8 @@ class Plan:
                 raise UserError(f"phases[{i}].epochs = {phase.epochs}; a phase needs at least one epoch.")
             if not phase.trains:
                 raise UserError(f'phases[{i}].trains is empty; give globs over parameter names, or leave it out ("*").')
+            if phase.patience is not None and phase.patience < 1:
+                raise UserError(f"phases[{i}].patience = {phase.patience}; 1 or more, or leave it out.")
 
     def done(self, position: Position) -> bool:
         return position.phase >= len(self.phases)
@@ -83,14 +96,18 @@ class Plan:
         return sum(phase.epochs for phase in self.phases)
 
     def global_epoch(self, position: Position) -> int:
-        """Completed epochs over the whole run: phase 1, epoch 15 of 30-epoch phases is 45."""
+        """Completed epochs over the whole run, by plan: phase 1, epoch 15 of 30-epoch phases is 45, also where phase 0
+        ended early."""
         return sum(phase.epochs for phase in self.phases[: position.phase]) + position.epoch
 
     def after_window(self, position: Position, samples: int) -> Position:
         return replace(position, sample=position.sample + samples, step=position.step + 1)
 
-    def after_epoch(self, position: Position) -> Position:
-        if position.epoch + 1 < self.phase(position).epochs:
+    def after_epoch(self, position: Position, stalled: int = 0) -> Position:
+        """`stalled`: epochs since the best score of the phase, which may end it early."""
+        phase = self.phase(position)
+        early = phase.patience is not None and stalled >= phase.patience
+        if position.epoch + 1 < phase.epochs and not early:
             return replace(position, epoch=position.epoch + 1, sample=0)
         return replace(position, phase=position.phase + 1, epoch=0, sample=0)
 
@@ -136,3 +153,8 @@ def _plain(phase: Phase) -> dict[str, Any]:
 def covered(glob: str, globs: Iterable[str]) -> bool:
     """Whether one of `globs` matches every name that `glob` does: its star must meet a star."""
     return any(fnmatch.fnmatchcase(glob, other) for other in globs)
+
+
+def improves(score: float, best: float | None, higher_is_better: bool) -> bool:
+    """Whether a score is finite and better than the best so far, if there is one."""
+    return math.isfinite(score) and (best is None or (score > best if higher_is_better else score < best))

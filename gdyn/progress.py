@@ -1,8 +1,9 @@
-"""What a person sees of an epoch: a bar on a terminal, a table row, or the original GDyNet block."""
+"""What a person sees of an epoch: a bar on a terminal, a table row, or what scripts parse."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class EpochReport:
     epoch: int
     """Completed epochs over the whole run."""
     epochs: int
+    epoch_of_phase: int
+    """From 1."""
     phase: Phase
     train: dict[str, float]
     """Means over the epoch's windows."""
@@ -41,6 +44,8 @@ class EpochReport:
     samples_per_second: float
     seconds: float
     improved: bool
+    early: bool = False
+    """Whether the phase ends here because its patience is over."""
     checkpoint: str = ""
     """Tag of the checkpoint written after this epoch, if any."""
     shown: list[str] = field(default_factory=list)
@@ -56,9 +61,9 @@ def bar(windows: Iterator[Any], total: int, done: int, label: str, style: str) -
 
 
 class Console:
-    """How phases and epochs are printed, in either style."""
+    """How phases and epochs are printed, in each style."""
 
-    def __init__(self, style: Literal["table", "gdynet"], checkpoints: Path):
+    def __init__(self, style: Literal["table", "gdynet", "lines"], checkpoints: Path):
         self.style, self.checkpoints = style, checkpoints
         self.header = ""
 
@@ -67,16 +72,42 @@ class Console:
             log.info("%s", gdynet_header(index, phase))
 
     def epoch(self, report: EpochReport) -> None:
+        if self.style == "lines":
+            for line in plain_lines(report):
+                log.info("%s", line)
+            return
         if self.style == "gdynet":
             log.info("%s", gdynet_block(report))
             if report.checkpoint:
                 log.info("Saved checkpoint: %s", self.checkpoints / report.checkpoint)
-            return
-        header = table_header(report)
-        if header != self.header:  # another objective has another column
-            log.info("%s", header)
-            self.header = header
-        log.info("%s", table_row(report))
+        else:
+            header = table_header(report)
+            if header != self.header:  # another objective has another column
+                log.info("%s", header)
+                self.header = header
+            log.info("%s", table_row(report))
+        if report.early:
+            log.info("%s", early_stopping(report))
+
+
+def early_stopping(report: EpochReport) -> str:
+    phase = report.phase
+    return (
+        f"early stopping of phase {phase.label} at epoch {report.epoch_of_phase}: no better {phase.objective} for "
+        f"{phase.patience} epochs."
+    )
+
+
+def plain_lines(report: EpochReport) -> list[str]:
+    """One line per epoch, numbered within its phase from 1, with the losses of training and validation, which is called
+    Test because the scripts that parse such lines know it by that name; the test set is scored at the end of a run."""
+    train, validation = (split.get("loss", math.nan) for split in (report.train, report.validation))
+    lines = [f"Epoch {report.epoch_of_phase}: Train Loss = {train:.4f}, Test Loss = {validation:.4f}"]
+    if report.improved:
+        lines.append(f"Saved best {report.phase.objective} weights: {report.checkpoint}")
+    if report.early:
+        lines.append(f"Early stopping at epoch {report.epoch_of_phase}")
+    return lines
 
 
 def table_header(report: EpochReport) -> str:

@@ -136,6 +136,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def losses(self) -> Path:
+        """Loss curves, one PNG a phase."""
+        return self.path / "losses"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gdyn import ds_config, ds_engine, progress, watchdog, window
+from gdyn import ds_config, ds_engine, loss_curves, progress, watchdog, window
 from gdyn.checkpoints import Checkpoint, CheckpointStore, full_weights, phases_of
 from gdyn.config import RunConfig
 from gdyn.ds_config import DsConfig
 from gdyn.errors import UserError
 from gdyn.evaluation import Stopped, evaluate
-from gdyn.inference import choose, load_weights, weights_of
+from gdyn.inference import begin_from, choose, load_weights
 from gdyn.learning_rate import LearningRates
 from gdyn.loader import Batch, Loader
 from gdyn.metrics import Journal, Meter
-from gdyn.phases import Phase, Position
+from gdyn.phase_best import PhaseBest
+from gdyn.phases import Phase, Position, improves
 from gdyn.ranks import RankContext
 from gdyn.rundir import RunDir, write_json
 from gdyn.signals import StopRequest
@@ -77,6 +77,7 @@ class Trainer:
         self.checkpoint_seconds, self.asked_at = 1.0, time.monotonic()
         self.position = Position()
         """What is next; up to date whenever `stop` is asked."""
+        self.phase_best = PhaseBest(self.plan)
         self.startup: dict[str, float] = {}
         """Seconds until the first optimizer step was done, by what they went into."""
 
@@ -91,8 +92,12 @@ class Trainer:
         self.journal, self.trained, self.seconds = journal, 0, 0.0
         self.position = self.saved = position
         while not self.plan.done(self.position):
+            phase = self.position.phase
             self._enter(self.position, checkpoint)
-            if not self._train_epoch(checkpoint):
+            goes_on = self._train_epoch(checkpoint)
+            if self.here.main and (not goes_on or self.position.phase > phase):
+                loss_curves.write(self.run_dir, self.plan, self.engine.higher_is_better)
+            if not goes_on:
                 break
             checkpoint = None
         self._release()
@@ -102,7 +107,7 @@ class Trainer:
         """Score the best checkpoint on validation and test, write summary.json and return it. Every rank must call
         this."""
         self.watch.at("final evaluation")
-        chosen = choose(self.store, self.config, "best")
+        chosen = choose(self.store, self.plan.phases, "best")
         model = self.engine.model()
         load_weights(model, chosen.weights(), str(chosen.path))
         model.to(self.here.device).eval()
@@ -154,6 +159,7 @@ class Trainer:
             log.warning("%s", change)
         self._check_seed(checkpoint)
         self.store.recall_best(checkpoint)
+        self.phase_best.load_state_dict(checkpoint.record.get("phase_best"))
         if self.rates is not None:
             # Here rather than by DeepSpeed, which loads nothing where a phase begins that trains other parameters.
             self.rates.steps = position.step
@@ -188,8 +194,8 @@ class Trainer:
             )
 
     def _enter(self, position: Position, checkpoint: Checkpoint | None) -> None:
-        """Make `ds` for the phase of `position`, unless the present one trains the same parameters. Every rank must
-        call this."""
+        """Make `ds` for the phase of `position`, unless the present one trains the same parameters and these are not to
+        be restored. Every rank must call this."""
         began = time.monotonic()
         self._progress("initializing")
         phase = self.plan.phase(position)
@@ -198,16 +204,22 @@ class Trainer:
             last, total = first + phase.epochs - position.epoch - 1, self.plan.epochs
             log.info("phase %s: objective %s, epochs %d-%d of %d.", phase.label, phase.objective, first, last, total)
             self.console.phase(position.phase, phase)
-        if self.ds is not None and self.trains == ds_engine.trainable(self.ds.module, phase):
-            return
-        weights = full_weights(self.ds) if self.ds is not None else None
+        if self.rates is not None:
+            self.rates.begin_phase(position.phase, phase.epochs * self.loader.windows_per_epoch(0))
+        weights = self.phase_best.restored(position, self.store)
+        if weights is not None:
+            checkpoint = None  # its optimizer state belongs to other weights
+        elif self.ds is not None:
+            if self.trains == ds_engine.trainable(self.ds.module, phase):
+                return
+            weights = full_weights(self.ds)
         self._release()
         torch.manual_seed(self.config.seed)
         model = self.engine.model()
         if weights is not None:
-            model.load_state_dict(weights)
+            load_weights(model, weights, str(self.store.path))
         elif checkpoint is None and self.config.init_from:
-            load_weights(model, weights_of(Path(self.config.init_from)), self.config.init_from)
+            begin_from(self.config.init_from, model)
             log.info("weights from %s.", self.config.init_from)
         self.trains = ds_engine.trainable(model, phase)
         for name, parameter in model.named_parameters():
@@ -293,9 +305,11 @@ class Trainer:
         self.trained, self.seconds = self.trained + samples, self.seconds + seconds
         self.journal.write(validation, step=position.step, phase=phase.label, epoch=epoch, split="validation")
         self.position, improved, tag = self._end_epoch(position, validation)
+        early = self.position.phase > position.phase and position.epoch + 1 < phase.epochs
         report = progress.EpochReport(
             epoch=epoch + 1,
             epochs=self.plan.epochs,
+            epoch_of_phase=position.epoch + 1,
             phase=phase,
             train=train,
             train_last=total.last,
@@ -305,6 +319,7 @@ class Trainer:
             samples_per_second=samples / seconds,
             seconds=seconds,
             improved=improved,
+            early=early,
             checkpoint=tag,
             shown=list(dict.fromkeys([phase.objective, *self.engine.shown])),
         )
@@ -333,18 +348,16 @@ class Trainer:
         must call this."""
         phase = self.plan.phase(position)
         higher = self.engine.higher_is_better(phase.objective)
-        sign = 1 if higher else -1
         # One rank's, because what follows must be the same everywhere, and other processors may round differently.
         score, best = self.here.broadcast((validation.get(phase.objective, math.nan), self.store.best()))
         if self.rates is not None:
             self.rates.end_epoch(phase.objective, score, higher)
-        before = best.get(phase.objective)
         # Per objective: the scales of different objectives cannot be compared.
-        improved = math.isfinite(score) and (before is None or sign * score > sign * before["score"])
-        following = self.plan.after_epoch(position)
+        improved = improves(score, best.get(phase.objective, {}).get("score"), higher)
+        following, restorable = self.phase_best.follow(position, score, higher)
         epoch = self.plan.global_epoch(position) + 1
         due = epoch % self.config.checkpointing.every_epochs == 0 and not self.config.checkpointing.save_best_only
-        if not (improved or due or following.phase > position.phase):
+        if not (improved or due or restorable or following.phase > position.phase):
             return following, improved, ""
         if improved:
             best[phase.objective] = {"tag": self.plan.tag(following), "score": score, "epoch": epoch}
@@ -365,6 +378,7 @@ class Trainer:
             "global_batch": self.loader.window_size,
             "trains": self.trains,
             "best": self.store.best(),
+            "phase_best": self.phase_best.state_dict(),
             "learning_rates": self.rates and self.rates.state_dict(),
             **facts,
         }

@@ -258,9 +258,25 @@ def only(t: Trial, **environ: str) -> None:
 
 # Other people's weights, and checkpoints of a run that is already trained (`trained` in the name).
 cases(
-    init_from_missing=(lambda t: t.argv.extend(["--init_from", "nowhere"]), "init_from nowhere", "does not exist"),
+    init_from_missing=(lambda t: t.argv.extend(["--init_from", "nowhere"]), "init_from .*/nowhere", "does not exist"),
     init_from_pickle=(lambda t: t.argv.extend(["--init_from", pickled(t)]), "old.pth", "not a .safetensors"),
     init_from_other_network=(lambda t: t.argv.extend(["--init_from", other_weights(t)]), "w.safetensors", "do not fit"),
+    init_from_glob_of_nothing=(
+        lambda t: t.run.update(init_from={"lobe_7.*": other_weights(t)}),
+        '"lobe_7.*" matches no weight',
+        "the first are lobe_0",
+    ),
+    init_from_part_of_other_network=(
+        lambda t: t.run.update(init_from={"lobe_0.*": other_weights(t)}),
+        r'init_from {"lobe_0.\*": .*w.safetensors}',
+        "do not fit",
+        "and .* more",
+        "Narrow the glob",
+    ),
+    init_from_list=(lambda t: t.run.update(init_from=["a"]), "init_from", "Expected a dict"),
+    patience_zero=(lambda t: phases(t, patience=0), r"phases\[0\].patience = 0", "1 or more"),
+    patience_a_word=(lambda t: phases(t, patience="long"), "patience", "long"),
+    style_unknown=(lambda t: t.run.update(logging={"style": "line"}), "logging.style", "'lines'"),
     init_from_no_run=(lambda t: t.argv.extend(["--init_from", str(t.train)]), "train", "not a run folder"),
     resume_without_checkpoints=(
         lambda t: t.argv.extend(["--resume", "p0-vamp2-e0001"]),

@@ -32,7 +32,8 @@ class Watched(Trainer):
 
     def _gradient(self) -> torch.Tensor:
         sharded = self.ds.zero_optimization_stage() > 0
-        parts = [safe_get_full_grad(p) if sharded else p.grad for p in self.ds.module.parameters()]
+        trained = [p for p in self.ds.module.parameters() if p.requires_grad]
+        parts = [safe_get_full_grad(p) if sharded else p.grad for p in trained]
         return torch.cat([part.detach().double().flatten() for part in parts])
 
 

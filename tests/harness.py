@@ -40,6 +40,7 @@ _PRELOAD = [
     "deepspeed.runtime.zero.stage3",
     "torch.utils.tensorboard",
     "gdyn.trainer",
+    "gdyn.report",
 ]
 
 

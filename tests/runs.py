@@ -12,6 +12,7 @@ from gdyn import ds_config
 from gdyn.checkpoints import CheckpointStore
 from gdyn.config import Checkpointing, Logging, Optimization, RunConfig
 from gdyn.engine import Engine
+from gdyn.engines.diffusion.engine import Diffusion
 from gdyn.engines.monodecoder.engine import Monodecoder
 from gdyn.engines.vamp.engine import Vamp
 from gdyn.phases import Phase
@@ -19,6 +20,7 @@ from gdyn.ranks import ALONE, RankContext
 from gdyn.recipes import bundled
 from gdyn.rundir import RunDir, read_metrics
 from gdyn.trainer import Trainer
+from tests.complexes import write_complexes
 from tests.data import write_trajectory
 from tests.proteins import write_proteins
 
@@ -44,6 +46,16 @@ def _monodecoder(folder: Path, **sizes: Any) -> Monodecoder:
     return Monodecoder(train=[str(train)], validation=[str(validation)], test=[str(validation)], **small | sizes)
 
 
+def _diffusion(folder: Path, **sizes: Any) -> Diffusion:
+    train, validation = folder / "train.h5", folder / "validation.h5"
+    if not train.exists():
+        write_complexes(train, complexes=24, ligand=(6, 12), pocket=(12, 24))
+        write_complexes(validation, complexes=8, ligand=(6, 12), pocket=(12, 24), seed=1)
+    small = {"latent": 4, "hidden": 8, "blocks": 1, "denoiser_hidden": 8, "denoiser_blocks": 1, "cross_attentions": 1}
+    small |= {"validation_draws": 2, "ema_decay": 0.9}
+    return Diffusion(train=[str(train)], validation=[str(validation)], test=[str(validation)], **small | sizes)
+
+
 class Small(NamedTuple):
     """What a small run of an engine is made of."""
 
@@ -57,6 +69,7 @@ class Small(NamedTuple):
 SMALL: dict[type[Engine], Small] = {
     Vamp: Small(_vamp, 48, [Phase("vamp2", 2), Phase("vamp_sym", 2)]),
     Monodecoder: Small(_monodecoder, 8, [Phase("loss", 3)]),
+    Diffusion: Small(_diffusion, 8, [Phase("ligand_vae", 1), Phase("protein_vae", 1), Phase("denoiser", 2)]),
 }
 
 
@@ -70,7 +83,8 @@ def small_run(
     **changes: Any,
 ) -> RunConfig:
     """A run that is ready in a second: of Vamp, 2 x 2 epochs of 4 steps on 48 pairs each; of Monodecoder, 3 epochs of 3
-    steps on 8 structures each. `split`: (ranks, micro-batches) of a step.
+    steps on 8 structures each; of Diffusion, 4 epochs in three phases of 3 steps on 8 complexes each. `split`: (ranks,
+    micro-batches) of a step.
 
     Data are made in `folder` where they are not there yet; the run goes to `folder / name`. `changes`: fields of
     RunConfig or of the engine, by name.

@@ -44,9 +44,9 @@ def store(tmp_path):
     return CheckpointStore(tmp_path, ALONE)
 
 
-def save(store, *positions, best=None, ds=None):
+def save(store, *positions, best=None, ds=None, **more):
     """Checkpoints at these (phase, epoch), in order; returns their tags."""
-    facts = {"seed": 0, "global_batch": 1, "trains": [], "best": best or {}}
+    facts = {"seed": 0, "global_batch": 1, "trains": [], "best": best or {}} | more
     places = [Position(phase, epoch, step=10 * (3 * phase + epoch)) for phase, epoch in positions]
     return [store.save(ds or FakeDs(), PLAN, place, facts) for place in places]
 
@@ -207,6 +207,15 @@ def test_prune_keeps_the_best_of_every_objective(store):
     replace(store, save_best_only=True).prune()
     assert tags(store) == ["p1-vamp1-e0002", "p1-vamp1-e0001", "p0-vamp2-e0001"]
     assert store.best() == best
+
+
+def test_prune_keeps_what_a_phase_restores_as_long_as_one_may_resume_where_it_does(store):
+    save(store, (0, 1), (0, 2), (1, 0), phase_best={"tag": "p0-vamp2-e0001", "score": 0.5, "epoch": 1})
+    save(store, (1, 1))
+    replace(store, keep=1).prune()
+    assert tags(store) == ["p1-vamp1-e0001", "p1-vamp1-e0000", "p0-vamp2-e0001"]
+    replace(store, save_best_only=True).prune()
+    assert tags(store) == ["p1-vamp1-e0001"]
 
 
 def test_prune_removes_converted_copies_and_leaves_damaged_ones(store):

@@ -1,6 +1,9 @@
 """Run file and command line: what wins, what round-trips, and the original's run files as they are."""
 
 import dataclasses
+import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from gdyn.config import RunConfig, parse
 from gdyn.engines import Vamp
 from gdyn.errors import UserError
 from gdyn.phases import Phase
+from tests.toy import Toy
 
 RUN = {
     "engine": {"class_path": "Vamp", "init_args": {"train": ["a"], "validation": ["b"], "tau": 5, "state_len": 4}},
@@ -189,6 +193,82 @@ def test_help_of_an_engine_explains_every_field(capsys) -> None:
         assert f"--engine.init_args.{field.name}" in text or f"--engine.{field.name}" in text, field.name
     for said in ("Lag, in frames", "Range of the Gaussian distance features, Å", "Number of states"):
         assert said in text
+
+
+# Phases that build on each other, and weights from elsewhere.
+
+
+@dataclass(frozen=True)
+class Staged(Toy):
+    """An encoder, then a head on top of it."""
+
+    def objectives(self) -> tuple[str, ...]:
+        return ("loss", "encode", "decode")
+
+    def trains(self, objective: str) -> tuple[str, ...]:
+        return {"encode": ("encoder.*",), "decode": ("head.*",)}.get(objective, ("*",))
+
+    def needs(self, objective: str) -> tuple[str, ...]:
+        return ("encoder.input.*", "encoder.body.*") if objective == "decode" else ()
+
+
+ENCODE, DECODE = Phase("encode", 1), Phase("decode", 1)
+
+
+def staged(*phases: Phase, **changes: Any) -> Any:
+    return RunConfig(Staged(), "fp32_zero1", "run", phases=list(phases), **changes).plan.phases
+
+
+def test_a_phase_trains_what_its_objective_says_unless_it_says_so_itself() -> None:
+    given = (ENCODE, Phase("decode", 1, trains=("head.weight",)), Phase("loss", 1))
+    assert [phase.trains for phase in staged(*given)] == [("encoder.*",), ("head.weight",), ("*",)]
+
+
+@pytest.mark.parametrize(
+    ("before", "init_from", "missing"),
+    [
+        ([], None, "encoder.input.*, encoder.body.*"),
+        ([Phase("loss", 1, trains=("head.*",))], None, "encoder.input.*, encoder.body.*"),
+        ([Phase("encode", 1, trains=("encoder.body.*",))], None, "encoder.input.*"),
+        ([], {"encoder.input.*": "x", "encoder.body.0.*": "x", "head.*": "x"}, "encoder.body.*"),
+    ],
+)
+def test_a_phase_before_what_it_needs_is_refused_with_the_cures(before, init_from, missing) -> None:
+    said = re.escape(f"phases[{len(before)}] (late) builds on {missing}, which no phase before it trains. Put")
+    with pytest.raises(UserError, match=rf'{said}.*init_from: {{"encoder'):
+        staged(*before, Phase("decode", 1, "late"), ENCODE, init_from=init_from)
+
+
+def test_what_a_phase_needs_an_earlier_one_or_init_from_gives() -> None:
+    narrow = Phase("encode", 1, trains=("encoder.input.*",))
+    for phases, init_from in [
+        ((ENCODE, DECODE), None),
+        ((Phase("loss", 1), DECODE), None),
+        ((DECODE,), "runs/other"),
+        ((DECODE,), {"encoder.*": "runs/other"}),
+        ((narrow, DECODE), {"encoder.body.*": "runs/other"}),
+    ]:
+        assert staged(*phases, init_from=init_from)
+
+
+@pytest.mark.parametrize("where", ["run file", "command line"])
+@pytest.mark.parametrize("given", ["a", {"lobe_0.*": "a", "*": "b/w.safetensors"}])
+def test_init_from_is_a_path_or_a_mapping_and_holds_from_any_folder(tmp_path, where, given) -> None:
+    text = given if isinstance(given, str) else json.dumps(given)
+    content, argv = (RUN | {"init_from": given}, []) if where == "run file" else (RUN, ["--init_from", text])
+    found = parse(["--config", write(tmp_path, content), *argv]).config
+    here = str(Path().absolute())
+    meant = f"{here}/a" if given == "a" else {"lobe_0.*": f"{here}/a", "*": f"{here}/b/w.safetensors"}
+    assert found.init_from == meant
+    assert parse(["--config", write(tmp_path, found.to_yaml(), "own.yaml")]).config == found
+
+
+def test_phases_of_the_runs_own_copy_are_the_same(tmp_path) -> None:
+    content = {key: value for key, value in RUN.items() if key not in ("loss_schedule", "epochs")}
+    phase = {"objective": "vamp2", "epochs": 9, "patience": 3, "restore_best": True}
+    found = parse(["--config", write(tmp_path, content | {"phases": [phase]})]).config
+    assert found.plan.phases == (Phase("vamp2", 9, patience=3, restore_best=True),)
+    assert config.load(Path(write(tmp_path, found.to_yaml(), "copy.yaml"))).plan == found.plan
 
 
 # The original's run files.

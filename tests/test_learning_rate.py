@@ -213,6 +213,24 @@ def test_the_schedule_runs_over_all_phases_and_resumes_bit_for_bit(run_ranks, tm
     runs.assert_same(run, expected)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_schedule_begins_anew_with_each_phase_and_resumes_bit_for_bit(run_ranks, tmp_path, same) -> None:
+    """The second phase trains the same parameters with the same optimizer, or others; it is stopped within both phases
+    and between them."""
+    schedule = dataclasses.replace(COSINE, each_phase=True)
+    second = Phase("loss", 3, name="second") if same else dataclasses.replace(HEAD, epochs=3)
+    changes = {"samples": 48, "phases": [Phase("loss", 2), second], "lr_schedule": schedule}
+    expected, run = (toy_run(tmp_path, name, **changes) for name in ("whole", "run"))
+    run_ranks(1, runs.run, expected)
+    per_epoch = len(learning_rates(expected)) // 5
+    both = [logged(steps=epochs * per_epoch, schedule=COSINE, base=0.01) for epochs in (2, 3)]
+    assert learning_rates(expected) == pytest.approx(both[0] + both[1])
+    for stop_after, between in ((1, False), (1, True), (per_epoch + 1, False)):
+        run_ranks(1, runs.run, run, stop_after, between)
+    run_ranks(1, runs.run, run)
+    runs.assert_same(run, expected)
+
+
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_plateau_acts_at_the_ends_of_epochs_and_resumes_bit_for_bit(run_ranks, tmp_path, stage) -> None:
     """The validation never improves: one drop after each epoch but the first. The phases train different parameters."""

@@ -1,13 +1,14 @@
 """What is next? Pure arithmetic."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 
 import pytest
 
 from gdyn.errors import UserError
-from gdyn.phases import Phase, Plan, Position
+from gdyn.phases import Phase, Plan, Position, covered, improves
 
 SCHEDULE = Plan((Phase("vamp2", 30), Phase("vamp1", 30), Phase("vamp2", 30)))
 
@@ -45,6 +46,43 @@ def test_after_the_last_epoch_the_plan_is_done():
     assert not SCHEDULE.done(last)
     assert SCHEDULE.done(SCHEDULE.after_epoch(last))
     assert SCHEDULE.global_epoch(SCHEDULE.after_epoch(last)) == SCHEDULE.epochs == 90
+
+
+def test_patience_ends_a_phase_early_and_the_next_ones_keep_their_numbers():
+    plan = Plan((Phase("a", 30, patience=3), Phase("b", 10)))
+    position = Position(0, 11, sample=64, step=96)
+    assert plan.after_epoch(position, 2) == Position(0, 12, step=96)
+    assert plan.after_epoch(position, 3) == Position(1, 0, step=96)
+    assert plan.global_epoch(Position(1, 0)) == 30 and plan.tag(Position(1, 0)) == "p1-b-e0000"
+    assert Plan((Phase("a", 30),)).after_epoch(position, 99) == Position(0, 12, step=96)  # without patience
+
+
+@pytest.mark.parametrize(
+    ("score", "best", "higher", "better"),
+    [
+        *((1.0, None, True, True), (2.0, 1.0, True, True), (1.0, 1.0, True, False), (0.5, 1.0, True, False)),
+        *((0.5, 1.0, False, True), (1.0, 1.0, False, False), (2.0, 1.0, False, False)),
+        *((math.nan, None, False, False), (math.nan, 1.0, True, False), (math.inf, 1.0, True, False)),
+    ],
+)
+def test_a_score_improves_on_the_best_by_its_direction_if_it_is_a_number(score, best, higher, better):
+    assert improves(score, best, higher) is better
+
+
+@pytest.mark.parametrize(
+    ("glob", "globs", "expected"),
+    [
+        ("vae.*", ["*"], True),
+        ("vae.*", ["denoiser.*", "vae.*"], True),
+        ("vae.*", ["*vae*"], True),
+        ("vae.encoder.*", ["vae.*"], True),
+        ("vae.*", ["vae.encoder.*"], False),
+        ("vae.*", ["ligand_vae.*"], False),
+        ("vae.*", [], False),
+    ],
+)
+def test_a_glob_is_covered_by_one_that_matches_all_it_does(glob, globs, expected):
+    assert covered(glob, globs) is expected
 
 
 def test_steps_count_over_all_phases_and_samples_within_the_epoch():
@@ -99,6 +137,14 @@ def test_a_changed_past_is_refused_with_both_versions_unless_asked_for(phases):
     assert "differs" in changed.check_past(record(SCHEDULE), position, allow_change=True)
 
 
+def test_records_from_before_a_field_existed_have_its_default():
+    old = [{"objective": phase.objective, "epochs": 30, "name": "", "trains": ["*"]} for phase in SCHEDULE.phases]
+    assert SCHEDULE.check_past(old, Position(1, 15)) == ""
+    patient = Plan((dataclasses.replace(SCHEDULE.phases[0], patience=5), *SCHEDULE.phases[1:]))
+    with pytest.raises(UserError, match=r"'patience': None.*now says.*'patience': 5"):
+        patient.check_past(old, Position(1, 15))
+
+
 def test_a_phase_not_yet_begun_is_no_past():
     changed = Plan((SCHEDULE.phases[0], Phase("vampe", 3)))
     assert changed.check_past(record(SCHEDULE), Position(1, 0)) == ""
@@ -111,6 +157,7 @@ def test_impossible_plans_are_refused():
         ((), "no phases"),
         ((Phase("a", 1), Phase("b", 0)), r"phases\[1\].epochs = 0"),
         ((Phase("a", 1, trains=()),), r"phases\[0\].trains is empty"),
+        ((Phase("a", 1, patience=0),), r"phases\[0\].patience = 0; 1 or more"),
     ]:
         with pytest.raises(UserError, match=message):
             Plan(phases)

@@ -392,6 +392,16 @@ def test_frozen_run_file_means_the_same_to_the_trainer(tmp_path: Path, monkeypat
     assert Path(copy).read_text() == Path(asked.deepspeed).read_text()
 
 
+@pytest.mark.parametrize("given", ["other", '{"lobe_0.*": one, "lobe_t.*": two/w.safetensors}'])
+def test_weights_to_begin_from_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = prepare("slurm", tmp_path, **PAID, ranks_per_node=1, changes=(f"init_from={given}",))
+    frozen = yaml.safe_load(job.files["run.yaml"])["init_from"]
+    assert frozen == parse(["--config", str(tmp_path / "run.yaml"), "--init_from", given]).config.init_from
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

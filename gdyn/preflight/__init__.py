@@ -148,8 +148,10 @@ def _demand(trainer: Trainer, reports: list[Report]) -> Demand:
     values, loader, keep = trainer.ds_json, trainer.loader, trainer.config.checkpointing.keep
     trial = next((report.trial for report in reports if report.trial is not None), Trial())
     sizes = values, trial.parameters, trial.trainable
-    # The newest, the best of each objective, the end of each phase, and one being written; some are there already.
+    # The newest, the best of each objective and of phases that restore it, the end of each phase, and one being
+    # written; some are there already.
     best = len({phase.objective for phase in trainer.plan.phases})
+    best += sum(phase.restore_best for phase in trainer.plan.phases)
     lying = keep + best + len(trainer.plan.phases) + 1
     try:
         free = shutil.disk_usage(trainer.run_dir.path).free
