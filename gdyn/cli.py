@@ -19,6 +19,7 @@ COMMANDS = {
     "analyze": "what a run learned: tables, figures, one HTML report",
     "evaluate": "score a run's best checkpoint on other data",
     "encode": "protein structures as strings over a run's alphabet",
+    "sample": "new ligands for protein pockets, and how good they are",
     "prepare": "raw data to an engine's data files",
     "export": "weights and a stand-alone predictor",
     "compare": "runs side by side: scores, differences, throughput, cost",

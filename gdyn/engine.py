@@ -233,6 +233,14 @@ class Engine(ABC):
         """
         raise UserError(f"{type(self).__name__} learns no alphabet; gdyn encode is for engines that do.")
 
+    def sample(self, run: Run, pockets: Path, output: Path, here: RankContext, **options: Any) -> list[str]:
+        """Write new molecules for `pockets` into the folder `output`, for `gdyn sample`. Every rank must call this.
+        Returns what to print, on rank 0.
+
+        Raises: UserError if the engine makes none.
+        """
+        raise UserError(f"{type(self).__name__} makes no molecules; gdyn sample is for engines that do.")
+
 
 def plain_lines(values: Mapping[str, Any]) -> list[str]:
     """ "name  value", aligned; what is neither number nor word is left out."""

@@ -57,6 +57,8 @@ class Complexes:
         self._files = [_Shard(path) for path in self.paths]
         for file in self._files[1:]:
             _check_alike(self._files[0], file)
+        self.attributes = dict(self._files[0].attributes)
+        """How all files were prepared: ONE_OF_A_FILE."""
         self._starts = np.cumsum([0] + [len(file) for file in self._files])
         self.identifiers: list[str] = [name for file in self._files for name in file.identifiers]
         """Unique within a file."""

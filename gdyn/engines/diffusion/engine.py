@@ -41,6 +41,7 @@ from gdyn.engines.diffusion.network import (
     network_of,
     pocket_of,
 )
+from gdyn.engines.diffusion.sample import sample
 from gdyn.errors import UserError
 from gdyn.evaluation import evaluate_alone
 from gdyn.nn.noise import NoiseSchedule
@@ -359,6 +360,9 @@ class Diffusion(Engine):
             trained = _trained(run, objective)
             result |= {NAMES.get(name, name): value if trained else None for name, value in scores.items()}
         return result
+
+    def sample(self, run: Run, pockets: Path, output: Path, here: RankContext, **options: Any) -> list[str]:
+        return sample(run, pockets, output, here, **options)
 
     def headline(self, summary: dict[str, Any]) -> list[str]:
         split = "test" if "test" in summary else "validation"
