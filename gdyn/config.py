@@ -23,7 +23,7 @@ from gdyn import gdynet, recipes
 from gdyn.engine import Engine
 from gdyn.errors import MissingFile, UserError
 from gdyn.learning_rate import LearningRateSchedule
-from gdyn.phases import Phase, Plan
+from gdyn.phases import Phase, Plan, covered
 from gdyn.schedules import Schedule
 
 
@@ -163,7 +163,11 @@ class RunConfig:
 
     @property
     def plan(self) -> Plan:
-        """Raises: UserError if phases are given twice, not at all, or with an objective the engine does not know."""
+        """What is trained, with every phase's `trains` spelt out.
+
+        Raises: UserError if phases are given twice, not at all, with an objective the engine does not know, or before
+        what they need.
+        """
         if self.phases and (self.loss_schedule or self.epochs):
             raise UserError("give either phases, or loss_schedule with epochs, not both.")
         if self.loss_schedule and not self.epochs:
@@ -176,7 +180,25 @@ class RunConfig:
                     f'phases[{i}].objective is "{phase.objective}"; {type(self.engine).__name__} knows '
                     f"{', '.join(known)}."
                 )
-        return Plan(tuple(dataclasses.replace(phase, trains=tuple(phase.trains)) for phase in phases))
+        plan = Plan(tuple(dataclasses.replace(phase, trains=self._trains(phase)) for phase in phases))
+        self._check_needs(plan)
+        return plan
+
+    def _trains(self, phase: Phase) -> tuple[str, ...]:
+        return self.engine.trains(phase.objective) if tuple(phase.trains) == ("*",) else tuple(phase.trains)
+
+    def _check_needs(self, plan: Plan) -> None:
+        """Raises: UserError if a phase builds on weights that nothing has trained by then."""
+        trained = ["*"] if self.init_from else []
+        for i, phase in enumerate(plan.phases):
+            missing = [glob for glob in self.engine.needs(phase.objective) if not covered(glob, trained)]
+            if missing:
+                raise UserError(
+                    f"phases[{i}] ({phase.label}) builds on {', '.join(missing)}, which no phase before it trains. Put "
+                    "such a phase before it (its trains must cover each of these), or take them from another run with "
+                    "init_from."
+                )
+            trained += phase.trains
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -128,6 +129,21 @@ class Engine(ABC):
     def higher_is_better(self, objective: str) -> bool:
         """Which way the validation score of an objective improves."""
         return False
+
+    def trains(self, objective: str) -> tuple[str, ...]:
+        """Globs over parameter names: what a phase with this objective trains where the run file does not say."""
+        return ("*",)
+
+    def needs(self, objective: str) -> tuple[str, ...]:
+        """Globs over parameter names: what a phase with this objective builds on, and an earlier phase or `init_from`
+        must therefore have trained; a run file that forgets it is refused."""
+        return ()
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[object]:
+        """What holds while a split is scored, e.g. averaged weights in place of the present ones, or noise that is the
+        same every time. Entered around every evaluation, of training as of finished runs, by every rank; on leaving,
+        training goes on as if nothing had happened. `model`: DeepSpeed's engine or the plain network."""
+        return nullcontext()
 
     def begin_window(
         self, model: nn.Module, batches: list[dict[str, torch.Tensor]], phase: Phase, here: RankContext

@@ -36,7 +36,7 @@ def evaluate(
     the metric's name, or `batch_<name>` where a pooled score has that name. `model` is in eval mode already.
     """
     meter = Meter(here.device)
-    with torch.no_grad():
+    with torch.no_grad(), engine.evaluating(model):
         for (batch, counts), stopping in here.each(loader.shard(), asked):
             if stopping:
                 raise Stopped

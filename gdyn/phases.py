@@ -7,7 +7,8 @@ and resuming on another number of ranks are all the one question "what is next?"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,11 +29,17 @@ class Phase:
     """Used in tags and logs; the objective where empty."""
 
     trains: tuple[str, ...] = ("*",)
-    """Globs over parameter names: what this phase trains. Everything else is frozen."""
+    """Globs over parameter names: what this phase trains; "*": all that the objective trains. Everything else is
+    frozen."""
 
     @property
     def label(self) -> str:
         return self.name or self.objective
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Phase:
+        """From its JSON; what was written before a field existed has the field's default."""
+        return cls(**{**record, "trains": tuple(record.get("trains", cls.trains))})
 
 
 @dataclass(frozen=True, order=True)
@@ -101,14 +108,14 @@ class Plan:
 
         Raises: UserError if a phase that is finished or under way has changed, unless `allow_change`.
         """
-        now = [asdict(phase) | {"trains": list(phase.trains)} for phase in self.phases]
+        now, then = self.phases, [Phase.of(record) for record in before]
         begun = position.phase + (1 if position.epoch or position.sample else 0)
-        changed = [i for i in range(begun) if i >= len(now) or now[i] != dict(before[i])]
+        changed = [i for i in range(begun) if i >= len(now) or now[i] != then[i]]
         if changed and not allow_change:
             i = changed[0]
-            found = now[i] if i < len(now) else "nothing"
+            found = _plain(now[i]) if i < len(now) else "nothing"
             raise UserError(
-                f"loss schedule mismatch: the checkpoint was trained with phase {i} = {dict(before[i])}, the run file "
+                f"loss schedule mismatch: the checkpoint was trained with phase {i} = {_plain(then[i])}, the run file "
                 "now says "
                 f"{found}. Append phases to extend a run; restore the old phases, or pass --allow_schedule_change true."
             )
@@ -119,3 +126,13 @@ class Plan:
         if len(now) > len(before):
             return f"the schedule was extended from {len(before)} to {len(now)} phases."
         return ""
+
+
+def _plain(phase: Phase) -> dict[str, Any]:
+    """As a run file would say it."""
+    return asdict(phase) | {"trains": list(phase.trains)}
+
+
+def covered(glob: str, globs: Iterable[str]) -> bool:
+    """Whether one of `globs` matches every name that `glob` does: its star must meet a star."""
+    return any(fnmatch.fnmatchcase(glob, other) for other in globs)

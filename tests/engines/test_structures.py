@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from gdyn.engines.monodecoder import layout
-from gdyn.engines.monodecoder.structures import Structures, stable_key, undo_lag
+from gdyn.engines.monodecoder.structures import Structures, undo_lag
 from gdyn.errors import MissingFile, UserError
 from gdyn.loader import Loader
 from gdyn.ranks import ALONE
+from gdyn.splits import stable_key
 from tests.proteins import structure, write_proteins
 
 CONTACTS = "edge/res_contactPoints_res/edge_index"

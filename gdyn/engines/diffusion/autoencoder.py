@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdyn.engines.diffusion import layout
 from gdyn.nn.egnn import EGNN, Normalization, at_least_float32, centred, mean_position
 
-LIGAND_CLASSES = {"element": 11, "aromatic": 2, "charge": 4}
-POCKET_CLASSES = {"element": 11, "backbone": 2, "residue": 21}
+LIGAND_CLASSES = {"element": len(layout.ELEMENTS) + 1, "aromatic": 2, "charge": len(layout.CHARGES) + 1}
+POCKET_CLASSES = {"element": len(layout.ELEMENTS) + 1, "backbone": 2, "residue": len(layout.RESIDUES) + 1}
 """Properties of an atom and their number of classes, the unknown one included."""
 
 
@@ -49,10 +50,15 @@ class Autoencoder(nn.Module):
 
     def encode(self, features: dict[str, Tensor], x_bn3: Tensor, mask_bn: Tensor) -> tuple[Tensor, Tensor]:
         """Latent means (B, n, 3), Å, and (B, n, D), float32 or more, zero at padding. `features`: property -> (B, n)
-        int64 classes; others than this autoencoder's are not read."""
+        int64 classes; others than this autoencoder's are not read.
+
+        The D features of an atom have mean square 1: what is diffused has the scale of its noise, and the decoder
+        learns on what it will be given.
+        """
         one_hot = torch.cat([F.one_hot(features[name], count) for name, count in self.classes.items()], dim=-1)
         h, z_x = about_mean(self.encoder, one_hot.to(self.encoder.embedding.weight.dtype), x_bn3, mask_bn)
-        return z_x, at_least_float32(self.to_latent(h)).masked_fill(~mask_bn.unsqueeze(-1), 0.0)
+        z_h = at_least_float32(self.to_latent(h))
+        return z_x, F.rms_norm(z_h, z_h.shape[-1:]).masked_fill(~mask_bn.unsqueeze(-1), 0.0)
 
     def decode(self, z_x: Tensor, z_h: Tensor, mask_bn: Tensor) -> dict[str, Tensor]:
         """positions (B, n, 3), Å, zero at padding, and of each property its logits (B, n, classes), float32 or more."""

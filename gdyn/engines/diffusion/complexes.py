@@ -6,7 +6,6 @@ the data. Legend: N complexes, B of a batch, n ligand atoms and m pocket atoms o
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from gdyn.engines.diffusion import layout
 from gdyn.errors import MissingFile, UserError
 from gdyn.extras import optional
 from gdyn.nn.ragged import pad
+from gdyn.splits import stable_key
 
 FARTHEST = 1e4
 """Å from the pocket's centre: what lies beyond is no complex."""
@@ -109,9 +109,9 @@ def collate(complexes: Sequence[Complex]) -> dict[str, Tensor]:
 
     ligand_positions (B, n, 3) float32 Å, ligand_mask (B, n) bool, ligand_element, ligand_aromatic, ligand_charge
     (B, n) int64; pocket_positions (B, m, 3), pocket_mask, pocket_element, pocket_backbone, pocket_residue; keys (B,)
-    int64, a hash of the identifier that seeds the noise of the complex.
+    int64, `stable_key` of the identifier, which seeds the noise of the complex.
     """
-    batch = {"keys": torch.tensor([key(entry.identifier) for entry in complexes])}
+    batch = {"keys": torch.tensor([stable_key(entry.identifier) for entry in complexes])}
     for part, columns in BATCH.items():
         entries = [getattr(entry, part) for entry in complexes]
         lengths = torch.tensor([len(entry["positions"]) for entry in entries])
@@ -119,11 +119,6 @@ def collate(complexes: Sequence[Complex]) -> dict[str, Tensor]:
             rows = CLASSES.get(name, _as_is)(np.concatenate([entry[name] for entry in entries]))
             batch[f"{part}_{name}"], batch[f"{part}_mask"] = pad(torch.from_numpy(rows), lengths)
     return batch
-
-
-def key(identifier: str) -> int:
-    """A hash of the identifier, the same on every machine, as a signed 64-bit number."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def write_pocket_pdb(entry: Complex, path: Path) -> None:

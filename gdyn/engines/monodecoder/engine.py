@@ -18,10 +18,11 @@ from gdyn.engines.monodecoder.decoders import Decoders
 from gdyn.engines.monodecoder.encoder import Encoder
 from gdyn.engines.monodecoder.pairs import Pairs, sample_pairs
 from gdyn.engines.monodecoder.quantizer import Quantizer
-from gdyn.engines.monodecoder.structures import Part, Structures, feature_width
+from gdyn.engines.monodecoder.structures import Structures, feature_width
 from gdyn.errors import UserError
 from gdyn.phases import Phase
 from gdyn.schedules import Schedule, final, value
+from gdyn.splits import Part
 
 if TYPE_CHECKING:
     from gdyn.inference import Run

@@ -25,8 +25,9 @@ from gdyn.report import how_made, number, save_png, training_figure
 from gdyn.rundir import write_json, write_text
 
 if TYPE_CHECKING:
-    from gdyn.engines.monodecoder.structures import Part, Structures
+    from gdyn.engines.monodecoder.structures import Structures
     from gdyn.inference import Run
+    from gdyn.splits import Part
 
 CURVES = (
     ("aa", "amino acids"),
@@ -93,7 +94,7 @@ def report(run: Run, split: str = "test") -> dict[str, Any]:
     return summary
 
 
-def open_split(run: Run, split: str) -> tuple[Structures | Part, list[str]]:
+def open_split(run: Run, split: str) -> tuple[Structures | Part[Structures], list[str]]:
     """(structures, files). Raises: UserError if the run has no such split."""
     engine = cast(Monodecoder, run.engine)
     if split != "test" and not engine.validation:  # each has a share of the training files
@@ -159,14 +160,14 @@ def _score_lines(scores: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _losses(run: Run, structures: Structures | Part) -> dict[str, float]:
+def _losses(run: Run, structures: Structures | Part[Structures]) -> dict[str, float]:
     """The loss and its parts, as a validation logs them."""
     found = evaluate_alone(run.engine, run.model, structures, run.config.plan.phases[-1])
     parts = ("loss", *(field.name for field in fields(Weights)))
     return {name: float(found[name]) for name in parts if name in found}
 
 
-def _write_strings(path: Path, structures: Structures | Part, seen: Survey) -> list[Path]:
+def _write_strings(path: Path, structures: Structures | Part[Structures], seen: Survey) -> list[Path]:
     """The strings of the split as `gdyn encode` writes them, in the first alphabet with enough letters."""
     name = next((name for name, letters in MAPS.items() if len(letters) >= seen.codes), None)
     if name is None:

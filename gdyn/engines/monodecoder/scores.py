@@ -21,7 +21,8 @@ from gdyn.engines.monodecoder.losses import confident
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gdyn.engines.monodecoder.structures import Part, Structures
+    from gdyn.engines.monodecoder.structures import Structures
+from gdyn.splits import Part
 
 BATCH_RESIDUES = 4096
 FAR = 6
@@ -116,7 +117,7 @@ def labels(classes_rc: Tensor) -> np.ndarray:
 
 
 def read(
-    model: nn.Module, structures: Structures | Part, indices: np.ndarray, least_plddt: float | None
+    model: nn.Module, structures: Structures | Part[Structures], indices: np.ndarray, least_plddt: float | None
 ) -> list[Reading]:
     """A batch of structures. `model`: the trained Autoencoder, in eval mode. Below `least_plddt`, where there is one,
     residues are not `known`."""
@@ -156,7 +157,10 @@ def read(
 
 
 def survey(
-    model: nn.Module, structures: Structures | Part, least_plddt: float | None, batch_residues: int = BATCH_RESIDUES
+    model: nn.Module,
+    structures: Structures | Part[Structures],
+    least_plddt: float | None,
+    batch_residues: int = BATCH_RESIDUES,
 ) -> Survey:
     """Read a whole set, keeping of each structure its residues and how well its contacts come back."""
     residues: dict[str, list[np.ndarray]] = {name: [] for name in RESIDUE_FIELDS}

@@ -5,7 +5,6 @@ Legend: B structures of a batch, L residues of one, R of all of them, E edges, F
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import torch
 
 from gdyn.engines.monodecoder import layout
 from gdyn.errors import MissingFile, UserError
+from gdyn.splits import stable_key
 
 CONTACTS = "contactPoints"
 FOLDTREE2_WIDTH, FOLDTREE2_AMINO_ACIDS = 857, slice(3, 589)
@@ -193,36 +193,6 @@ class Structures:
         return slice(0)
 
 
-class Part:
-    """Some structures of a data set, as a data set."""
-
-    def __init__(self, whole: Structures, chosen: np.ndarray):
-        self.whole, self.chosen = whole, chosen
-        self.sizes = whole.sizes[chosen]
-        self.identifiers = [whole.identifiers[i] for i in chosen]
-
-    @classmethod
-    def split(cls, whole: Structures, share: float) -> tuple[Part, Part]:
-        """(the rest, about a `share` of all structures, chosen by their names alone and so for ever).
-
-        Raises: UserError if one of them would be empty.
-        """
-        held_out = np.array([stable_key(name) < share * 2**63 for name in whole.identifiers])
-        if held_out.all() or not held_out.any():
-            raise UserError(
-                f"engine.validation names no file, and a validation_share of {share} of {len(whole)} structures leaves "
-                "nothing for one of training and validation; name a file, or change the share."
-            )
-        return cls(whole, np.flatnonzero(~held_out)), cls(whole, np.flatnonzero(held_out))
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """As `Structures` does."""
-        return self.whole[self.chosen[indices]]
-
-
 def feature_width(path: Path) -> int:
     """Columns of `res` in a file. Raises: MissingFile, UserError."""
     return _read_index(path, compat=False).feature_width
@@ -236,11 +206,6 @@ def undo_lag(records_lc: np.ndarray) -> np.ndarray:
     if len(rows_lc) > 2:
         rows_lc[-2] = 0
     return rows_lc
-
-
-def stable_key(identifier: str) -> int:
-    """0..2^63 - 1, the same in every process, for ever."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little") >> 1
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
