@@ -27,8 +27,8 @@ FARTHEST = 1e4
 """Å from the pocket's centre: what lies beyond is no complex."""
 OFF_CENTRE = 0.01
 """Å: how far a pocket's mean may be from the origin."""
-LIGAND_WEIGHT = 16
-"""Of a ligand atom in the size of a complex: a pocket of 10 Å has about so many times the atoms of its ligand."""
+LIGAND_WEIGHT = 20
+"""Of a ligand atom in the size of a complex, with which ligands and pockets of 10 Å are padded about equally."""
 ONE_OF_A_FILE = ("radius", "hydrogens")
 """Attributes that files read together must share."""
 
