@@ -59,9 +59,9 @@ class Work:
 
 
 WORKS = (
-    Work("ligand_vae", 16, 0.4, floor=2.0, arms=("gdyn", "edge list", "padded edges")),
+    Work("ligand_vae", 16, 0.4, floor=1.5, arms=("gdyn", "edge list", "padded edges")),
     # Of a pocket of average size, edge lists take 10 GB.
-    Work("protein_vae", 1, 0.0, floor=3.0),
+    Work("protein_vae", 1, 0.0, floor=2.5),
     Work("denoiser", 2, 0.4, floor=3.0),
 )
 FROZEN = Work("denoiser", 1, 0.0, floor=0.0), Work("joint", 1, 0.0, floor=0.0)
