@@ -61,6 +61,7 @@ class Trainer:
             overfit_windows=config.overfit_windows,
             max_size=self.engine.max_size,
             size_key=f"engine.{self.engine.size_key}",
+            like_sizes=self.engine.like_sizes,
         )
         self.loader.check()
         for split in self.datasets:
@@ -462,6 +463,7 @@ class Trainer:
             limit_windows=self.config.limit_windows,
             max_size=self.loader.max_size,
             size_key=self.loader.size_key,
+            like_sizes=self.loader.like_sizes,
         )
 
     def _bar(self, position: Position) -> Any:
