@@ -79,7 +79,7 @@ def run(rounds: int) -> list[Finding]:
 
 def prepared(folder: Path) -> Path:
     path = folder / "complexes.h5"
-    prepare(Preparation([ARCHIVE], path), ALONE)
+    prepare(Preparation([ARCHIVE], path))
     return path
 
 
