@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
+    NonNegativeInt,
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
@@ -158,6 +159,9 @@ class Diffusion(Engine):
     """Losses of the original program, to compare with its logs: padded atoms count, and of an atom's properties only
     the element is learned."""
 
+    cache_mb: NonNegativeInt = 1024
+    """MiB of the frozen autoencoders' latents that each process keeps in the phase denoiser."""
+
     gradient_checkpointing: bool = False
     """Less memory for more time: activations are computed again in the backward pass."""
 
@@ -166,6 +170,8 @@ class Diffusion(Engine):
             paths = getattr(self, split)
             # Absolute, so that the run's own copy of the run file works from any folder.
             object.__setattr__(self, split, paths and [str(Path(path).absolute()) for path in paths])
+
+    like_sizes: ClassVar[bool] = True
 
     # -- network and data ---------------------------------------------------------------------------------------------
 
@@ -190,6 +196,7 @@ class Diffusion(Engine):
             self._ligand_sizes(),
             self.posterior_sigma,
             self.guidance_dropout,
+            self.cache_mb << 20,
         )
 
     def _ligand_sizes(self) -> Tensor:

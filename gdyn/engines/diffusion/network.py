@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gdyn.engines.diffusion.autoencoder import LIGAND_CLASSES, POCKET_CLASSES, Autoencoder
 from gdyn.engines.diffusion.denoiser import Denoiser
+from gdyn.engines.diffusion.latents import Cache, Latents
 from gdyn.nn import counters
 from gdyn.nn.average import Average
 from gdyn.nn.egnn import centred, mean_position
@@ -70,12 +71,16 @@ class LatentDiffusion(nn.Module):
         ligand_sizes: Tensor,
         posterior_sigma: float,
         guidance_dropout: float,
+        cache_bytes: int,
     ):
         super().__init__()
         self.ligand_vae, self.protein_vae, self.denoiser = ligand_vae, protein_vae, denoiser
         self.denoiser_average = Average(denoiser)
         self.schedule = schedule
         self.posterior_sigma, self.guidance_dropout = posterior_sigma, guidance_dropout
+        self.frozen_latents = Cache(cache_bytes)
+        """Of the phase denoiser, for which the trainer makes a network of its own."""
+        self.register_load_state_dict_post_hook(lambda network, _: network.frozen_latents.clear())
         self.register_buffer("ligand_sizes", ligand_sizes)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self.evaluating = False
@@ -93,9 +98,13 @@ class LatentDiffusion(nn.Module):
             result["noise"] = self.denoise(batch, window, *ligand, *pocket)
         if objective == "denoiser":
             with torch.no_grad():
-                latents = *self.encode_ligand(batch), *self.encode_pocket(batch)
+                latents = self.frozen_latents.latents(batch, self.encode)
             result["noise"] = self.denoise(batch, window, *latents)
         return result
+
+    def encode(self, batch: dict[str, Tensor]) -> Latents:
+        """Both latent means."""
+        return *self.encode_ligand(batch), *self.encode_pocket(batch)
 
     def encode_ligand(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Latent means (B, n, 3), Å, in the pocket's frame, and (B, n, D)."""
