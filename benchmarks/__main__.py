@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from benchmarks import measure
 
-NAMES = ("loader", "vamp_loss", "gdynet", "monodecoder", "egnn", "overhead", "startup", "scale")
+NAMES = ("loader", "vamp_loss", "gdynet", "monodecoder", "egnn", "diffusion", "overhead", "startup", "scale")
 
 
 def main() -> int:

@@ -21,13 +21,16 @@ class EdgeListEGNN(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden, sublayers) for _ in range(blocks))
         self.readout = nn.Linear(hidden, out_features)
 
-    def forward(self, h_bnc: Tensor, x_bn3: Tensor, mask_bn: Tensor) -> tuple[Tensor, Tensor]:
-        """As gdyn's, but returns the real atoms only, (atoms, out) and (atoms, 3)."""
+    def forward(
+        self, h_bnc: Tensor, x_bn3: Tensor, mask_bn: Tensor, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As gdyn's, but returns the real atoms only, (atoms, out) and (atoms, 3). real: (edges, 1), by which messages
+        and steps are multiplied."""
         rows, columns = edge_list(mask_bn)
         h, x = self.embedding(h_bnc[mask_bn]), x_bn3[mask_bn]
         initial = squares(x.index_select(0, rows) - x.index_select(0, columns))
         for block in self.blocks:
-            h, x = block(h, x, rows, columns, initial)
+            h, x = block(h, x, rows, columns, initial, real)
         return self.readout(h), x
 
 
@@ -49,14 +52,16 @@ class Block(nn.Module):
         self.messages = nn.ModuleList(MessageLayer(hidden) for _ in range(sublayers))
         self.steps = CoordinateStep(hidden)
 
-    def forward(self, h: Tensor, x: Tensor, rows: Tensor, columns: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, x: Tensor, rows: Tensor, columns: Tensor, initial: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         differences = x.index_select(0, rows) - x.index_select(0, columns)
         distances = squares(differences)
         edges = torch.cat([distances, initial], dim=1)
         for layer in self.messages:
-            h = layer(h, edges, rows, columns)
+            h = layer(h, edges, rows, columns, real)
         directions = differences / (distances + 1e-8).sqrt()
-        steps = directions * self.steps(h, edges, rows, columns)
+        steps = directions * self.steps(h, edges, rows, columns, real)
         return h, x + torch.zeros_like(x).index_add(0, rows, steps) / SUM_DIVISOR
 
 
@@ -65,9 +70,10 @@ class EdgeNetwork(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(2 * hidden + 2, hidden), nn.Linear(hidden, hidden)
 
-    def features(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def features(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
         z = torch.cat([h.index_select(0, rows), h.index_select(0, columns), edges], dim=1)
-        return F.silu(self.second(F.silu(self.first(z))))
+        m = F.silu(self.second(F.silu(self.first(z))))
+        return m if real is None else m * real
 
 
 class MessageLayer(EdgeNetwork):
@@ -75,8 +81,8 @@ class MessageLayer(EdgeNetwork):
         super().__init__(hidden)
         self.update = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
-    def forward(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        messages = self.features(h, edges, rows, columns)
+    def forward(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
+        messages = self.features(h, edges, rows, columns, real)
         sums = torch.zeros_like(h).index_add(0, rows, messages) / SUM_DIVISOR
         return h + self.update(torch.cat([h, sums], dim=1))
 
@@ -86,5 +92,5 @@ class CoordinateStep(EdgeNetwork):
         super().__init__(hidden)
         self.last = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.last(self.features(h, edges, rows, columns))
+    def forward(self, h: Tensor, edges: Tensor, rows: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
+        return self.last(self.features(h, edges, rows, columns, real))

@@ -111,12 +111,12 @@ def peak_memory(batch: Batch, arm: str) -> float:
 def _peak_memory(batch: Batch, arm: str) -> float:
     pin()
     network, atoms = networks()[arm], molecules(batch)
-    before = _most_resident()
+    before = most_resident()
     step(network, atoms)
-    return _most_resident() - before
+    return most_resident() - before
 
 
-def _most_resident() -> float:
+def most_resident() -> float:
     """MB, of this process since it began; getrusage would answer with its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3

@@ -45,6 +45,8 @@ class Optimization:
     """Compile the network (the first epoch is slower)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """Passed to torch.compile."""
+    max_skipped_windows: PositiveInt = 5
+    """Optimizer steps in a row that may be skipped because a loss or gradient is not finite; so many end the job."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import contextlib
 import fnmatch
 import gc
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -84,6 +85,10 @@ def make(
         optimizer=optimizer.muon(values) if ours else None,
         lr_scheduler=rates.attach if rates else None,
     )
+    unchecked = ("zero_optimization.compute_grad_norm", "bf16.check_grad_overflow")
+    if any(ds_config.get(values, key) is False for key in unchecked):
+        # Without the gradient's norm, or a look at it, ZeRO 1 and 2 would apply what is not finite.
+        ds.optimizer.check_grad_overflow = True
     return ds
 
 
@@ -116,6 +121,55 @@ def gradient_norms(ds: DeepSpeedEngine, parts: Mapping[str, tuple[str, ...]]) ->
         return float(sum(chosen) ** 0.5 / scale)
 
     return {"grad_norm": norm(("*",))} | {f"grad_norm_{part}": norm(globs) for part, globs in parts.items()}
+
+
+@contextlib.contextmanager
+def spoilt(ds: DeepSpeedEngine) -> Iterator[None]:
+    """Within, every gradient of a backward pass is NaN, whatever it would have been. A loss that is NaN does not make
+    it so by itself: `clamp` and `where`, for instance, have the gradient 0 there."""
+    trained = [parameter for parameter in ds.module.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan)) for parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def step(ds: DeepSpeedEngine, keep_scale: bool) -> bool:
+    """DeepSpeed's step at the end of a window; whether it was applied. Where the gradient is not finite it changes
+    neither weights nor the state of optimizer and schedule, with any optimizer. `keep_scale`: nor fp16's loss scale.
+    Every rank must call this."""
+    changes: dict[str, Any] = {}
+    if keep_scale:
+        changes["_update_scale"] = _nothing
+    if ds.optimizer is ds.basic_optimizer and not _finite_gradients(ds):
+        # PyTorch's own optimizer, at ZeRO 0, which DeepSpeed lets do what it will. `overflow` is what it asks others.
+        changes |= {"step": _nothing, "overflow": True}
+    attributes = vars(ds.optimizer)
+    assert not attributes.keys() & changes.keys()
+    attributes.update(changes)
+    try:
+        ds.step()
+    finally:
+        for name in changes:
+            del attributes[name]
+    return bool(ds.was_step_applied())
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _finite_gradients(ds: DeepSpeedEngine) -> bool:
+    """Judged by their norm, as DeepSpeed does where it judges. At ZeRO 0 all ranks hold the same."""
+    gradients = [parameter.grad for parameter in ds.module.parameters() if parameter.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+def seeks_loss_scale(ds: DeepSpeedEngine) -> bool:
+    """Whether steps are skipped now and then to find fp16's loss scale, which is as it should be."""
+    return bool(ds.torch_autocast_z0_gradscaler or (ds.fp16_enabled() and ds.dynamic_loss_scale()))
 
 
 def _loss_scale(ds: DeepSpeedEngine) -> float:

@@ -113,6 +113,10 @@ class Engine(ABC):
     size_key: ClassVar[str] = "max_size"
     """The engine's field that `max_size` comes from, for messages."""
 
+    like_sizes: ClassVar[bool] = False
+    """Whether windows hold samples of like `Dataset.sizes`, so that batches have little padding. An epoch then has the
+    same samples in an order that is less random."""
+
     @property
     def max_size(self) -> int | None:
         """The largest sum of `Dataset.sizes` per rank and micro-batch; None: only the batch size bounds it."""

@@ -14,8 +14,8 @@ Shape = Literal["plateau", "cosine", "linear", "cosine_restarts", "polynomial", 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """A warm-up, then a decay over the rest of the run. Steps are optimizer steps of all phases, or with `each_phase` of
-    the present one. All parameter groups are multiplied by the same number, so their rates keep their ratios."""
+    """A warm-up, then a decay over the rest of the run. Steps are optimizer steps of all phases, or with `each_phase`
+    of the present one. All parameter groups are multiplied by the same number, so their rates keep their ratios."""
 
     shape: Shape = "none"
     """What follows the warm-up. none: constant; linear, cosine: to the floor at the end of the run; polynomial: linear

@@ -7,6 +7,9 @@ share it.
 Where samples differ in size (`Dataset.sizes`), they are dealt so that the micro-batches of a window are about equally
 large. Where an engine also bounds that size (`Engine.max_size`), a window ends before its samples cannot be dealt
 within the bound: its samples then depend on the product of ranks and accumulation, not on how it is split.
+
+Where an engine asks for `like_sizes`, the order of an epoch depends on the window size too: its stretches are sorted by
+size, so that a window holds samples of like size and little padding.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 Batch = dict[str, torch.Tensor]
 
+STRETCH = 10
+"""Windows that are sorted by size together, at most: with more, windows are more alike from epoch to epoch; with fewer,
+their samples are less alike in size."""
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -50,6 +57,8 @@ class Loader:
     """The largest sum of sizes of a micro-batch; None: only `micro_batch` bounds it."""
     size_key: str = "max_size"
     """The key of the run file that sets `max_size`."""
+    like_sizes: bool = False
+    """Whether samples of like size are batched together."""
 
     @property
     def pieces(self) -> int:
@@ -122,9 +131,8 @@ class Loader:
         sizes = self._sizes
         largest = int(sizes.argmax())
         if sizes[largest] > self.max_size:
-            names = getattr(self.dataset, "identifiers", None)
             raise UserError(
-                f"{f'sample {largest}' if names is None else names[largest]} has the size {sizes[largest]}, but "
+                f"{self.name(largest)} has the size {sizes[largest]}, but "
                 f"{self.size_key} = {self.max_size} bounds a micro-batch ({int((sizes > self.max_size).sum())} of "
                 f"{len(sizes)} samples are larger); raise {self.size_key} to {sizes[largest]} or more, or leave these "
                 "samples out of the data."
@@ -139,24 +147,38 @@ class Loader:
         for _ in ends:
             yield [next(batches) for _ in range(self.accumulation)]
 
+    def samples(self, epoch: int, first: int, last: int) -> list[np.ndarray]:
+        """What this rank's micro-batches hold in the window from `first` to `last` of an epoch's order."""
+        return self._share(self._order(epoch)[first:last])
+
+    def name(self, sample: int) -> str:
+        """What messages call a sample."""
+        names = getattr(self.dataset, "identifiers", None)
+        return f"sample {sample}" if names is None else str(names[sample])
+
     def shard(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's contiguous part of the data set, in order, nothing dropped and nothing twice. All ranks get the
-        same number of batches, as sharded models need; a rank that has run out gets a filler marked False, which must
-        not count."""
+        """This rank's part of the data set, nothing dropped and nothing twice: contiguous and in order, or with
+        `like_sizes` every so many-th batch in the order of size. All ranks get the same number of batches, as sharded
+        models need; a rank that has run out gets a filler marked False, which must not count."""
         n, world = len(self.dataset), self.here.world_size
         if self.limit_windows is not None:
             n = min(n, self.limit_windows * self.window_size)  # the same samples for any number of ranks
+        order = np.argsort(self._sizes[:n], kind="stable") if self.like_sizes else np.arange(n)
         if self.max_size is None:
             total = np.arange(n + 1)
         else:
-            total = np.concatenate([[0], self._sizes[:n].cumsum()])
-        bounds = np.searchsorted(total, np.arange(world + 1) * total[-1] // world)
-        bounds[-1] = n
-        cuts = [self._cut(total, first, last) for first, last in pairwise(bounds)]
+            total = np.concatenate([[0], self._sizes[order].cumsum()])
+        if self.like_sizes:
+            pieces = self._cut(total, 0, n)
+            cuts = [pieces[rank::world] for rank in range(world)]
+        else:
+            bounds = np.searchsorted(total, np.arange(world + 1) * total[-1] // world)
+            bounds[-1] = n
+            cuts = [self._cut(total, first, last) for first, last in pairwise(bounds)]
         mine = cuts[self.here.rank]
         fillers = max(map(len, cuts)) - len(mine)
-        pieces = mine + [np.array([min(bounds[self.here.rank], n - 1)])] * fillers
-        yield from zip(self._fetch(pieces), [True] * len(mine) + [False] * fillers, strict=True)
+        filled = [order[piece] for piece in mine] + [order[:1]] * fillers
+        yield from zip(self._fetch(filled), [True] * len(mine) + [False] * fillers, strict=True)
 
     # -- which samples ------------------------------------------------------------------------------------------------
 
@@ -167,7 +189,9 @@ class Loader:
 
     def _order(self, epoch: int) -> np.ndarray:
         epoch = 0 if self.overfit_windows is not None else epoch
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(self.dataset))
+        return sort_stretches(order, self._sizes, self.window_size, random) if self.like_sizes else order
 
     @cached_property
     def _ends(self) -> Callable[[int, int], np.ndarray]:
@@ -204,6 +228,13 @@ class Loader:
 
     def _share(self, samples: np.ndarray) -> list[np.ndarray]:
         """This rank's micro-batches of a window, each in the order of the data set."""
+        if self.like_sizes and self.max_size is None:
+            by_size = samples[np.argsort(self._sizes[samples], kind="stable")]
+            shares = []
+            for together in by_size.reshape(self.accumulation, -1):  # one micro-batch of each rank
+                owners = deal(self._sizes[together], self.here.world_size, self.micro_batch)
+                shares.append(np.sort(together[owners == self.here.rank]))
+            return shares
         if hasattr(self.dataset, "sizes"):
             owners = deal(self._sizes[samples], self.pieces, self.micro_batch)
             mine = range(self.here.rank, self.pieces, self.here.world_size)
@@ -244,6 +275,15 @@ class Loader:
         except UserError as error:
             # DataLoader puts the worker's traceback around the message.
             raise UserError(str(error).strip().rpartition(f"{UserError.__name__}: ")[2]) from None
+
+
+def sort_stretches(order: np.ndarray, sizes: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
+    """The order with whole windows of samples of like size: of each stretch of at most STRETCH windows the samples are
+    sorted by size and cut into windows, and these are shuffled. What fills no window stays behind them all."""
+    whole = len(order) // window * window
+    stretches = np.array_split(order[:whole].reshape(-1, window), max(1, -(-whole // (window * STRETCH))))
+    ordered = (stretch.flat[np.argsort(sizes[stretch], axis=None, kind="stable")] for stretch in stretches)
+    return np.concatenate([*(random.permutation(s.reshape(-1, window)).ravel() for s in ordered), order[whole:]])
 
 
 def deal(sizes: np.ndarray, pieces: int, most: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -22,7 +23,7 @@ from gdyn.loader import Batch, Loader
 from gdyn.metrics import Journal, Meter
 from gdyn.phase_best import PhaseBest
 from gdyn.phases import Phase, Position, improves
-from gdyn.ranks import RankContext
+from gdyn.ranks import AgreedError, RankContext
 from gdyn.rundir import RunDir, write_json
 from gdyn.signals import StopRequest
 from gdyn.watchdog import Watchdog
@@ -60,6 +61,7 @@ class Trainer:
             overfit_windows=config.overfit_windows,
             max_size=self.engine.max_size,
             size_key=f"engine.{self.engine.size_key}",
+            like_sizes=self.engine.like_sizes,
         )
         self.loader.check()
         for split in self.datasets:
@@ -78,6 +80,7 @@ class Trainer:
         self.position = Position()
         """What is next; up to date whenever `stop` is asked."""
         self.phase_best = PhaseBest(self.plan)
+        self.skipped = window.Skipped()
         self.startup: dict[str, float] = {}
         """Seconds until the first optimizer step was done, by what they went into."""
 
@@ -131,6 +134,7 @@ class Trainer:
             "world_size": self.here.world_size,
             "phases": [{"name": p.label, "objective": p.objective, "epochs": p.epochs} for p in self.plan.phases],
             "steps": position.step,
+            "skipped_windows": self.skipped.total,
             "epochs": self.plan.global_epoch(position),
             "samples_per_second": self.trained / self.seconds if self.seconds else None,
             "best": {objective: entry["score"] for objective, entry in self.store.best().items()},
@@ -160,9 +164,10 @@ class Trainer:
         self._check_seed(checkpoint)
         self.store.recall_best(checkpoint)
         self.phase_best.load_state_dict(checkpoint.record.get("phase_best"))
+        self.skipped = window.Skipped(**checkpoint.record.get("skipped_windows", {}))
         if self.rates is not None:
             # Here rather than by DeepSpeed, which loads nothing where a phase begins that trains other parameters.
-            self.rates.steps = position.step
+            self.rates.steps = position.step - self.skipped.total
             self.rates.load_state_dict(checkpoint.record.get("learning_rates"))
         if self.plan.done(position):
             log.info("the run is finished (checkpoint %s); nothing to train, evaluating.", checkpoint.tag)
@@ -272,12 +277,13 @@ class Trainer:
                 self._save_within_epoch(total, recent)
                 return False
             due = (self.position.step + 1) % self.config.logging.every_steps == 0
-            norms = self._train_window(batches, phase, recent, due)
-            position = self.position = self.plan.after_window(self.position, int(next(ends)) - self.position.sample)
+            end = int(next(ends))
+            norms = self._train_window(batches, phase, end, recent, due)
+            position = self.position = self.plan.after_window(self.position, end - self.position.sample)
             if due:
                 values = recent.means() | ds_engine.learning_rates(self.ds) | norms
                 values |= self.engine.gauges(self.ds.module, phase)
-                self._refuse_nan(values, position)
+                values |= {"skipped_windows": self.skipped.total} if self.skipped.total else {}
                 now = time.perf_counter()
                 values["samples_per_second"] = (position.sample - lap_sample) / (now - lapped)
                 self.journal.write(values, step=position.step, phase=phase.label, epoch=epoch, split="train")
@@ -300,7 +306,6 @@ class Trainer:
             return False
         total.absorb(recent)
         train = total.means()
-        self._refuse_nan(train, position)
         samples = position.sample - first_sample
         self.trained, self.seconds = self.trained + samples, self.seconds + seconds
         self.journal.write(validation, step=position.step, phase=phase.label, epoch=epoch, split="validation")
@@ -337,11 +342,40 @@ class Trainer:
                 meter.add_sums(by_name, counts=rank % self.here.world_size == self.here.rank)
         return meters
 
-    def _train_window(self, batches: list[Batch], phase: Phase, meter: Meter, measure: bool) -> window.Norms:
-        """One optimizer step; returns the gradient norms if `measure`. Every rank must call this."""
+    def _train_window(self, batches: list[Batch], phase: Phase, end: int, meter: Meter, measure: bool) -> window.Norms:
+        """One optimizer step, of the samples up to `end` of the epoch's order; returns the gradient norms if `measure`.
+        Every rank must call this."""
         # Randomness is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one would.
         torch.manual_seed(self.config.seed + 1_000_003 * self.position.step + 7_919 * self.here.rank)
-        return window.train(self.engine, self.ds, batches, phase, self.here, meter, measure)
+        outcome = window.train(self.engine, self.ds, batches, phase, self.here, meter, measure)
+        if outcome.skipped is None:
+            self.skipped.row.clear()
+        else:
+            self._skip(outcome.skipped, end)
+        return outcome.norms
+
+    def _skip(self, losses: list[float], end: int) -> None:
+        """Count and report a window, up to `end` of the epoch's order, that was skipped. Every rank must call this.
+        losses: of this rank's micro-batches.
+
+        Raises: AgreedError if there are too many in a row.
+        """
+        position, most = self.position, self.config.optimization.max_skipped_windows
+        samples = self.loader.samples(self.plan.global_epoch(position), position.sample, end)
+        found = [(loss, part.tolist()) for loss, part in zip(losses, samples, strict=True)]
+        reason = window.described(self.here.gather(found), self.loader.name)
+        self.skipped.total += 1
+        self.skipped.row.append(f"step {position.step + 1}: {reason}")
+        log.warning("skipped %s; weights and optimizer stay as they are.", self.skipped.row[-1])
+        if len(self.skipped.row) >= most:
+            place = f"epoch {position.epoch}, sample {position.sample}, step {position.step + 1}"
+            raise AgreedError(
+                f"{len(self.skipped.row)} optimizer steps in a row were skipped, because a loss or gradient was not "
+                f"finite, at phase {self.plan.phase(position).label}, {place}. "
+                f"{'; '.join(self.skipped.row[-most:])}. Usual cures: a smaller learning_rate (halve it), a larger "
+                "batch or epsilon, data without NaN. The checkpoints before these steps are intact; "
+                f"optimization.max_skipped_windows = {most} says how many are too many."
+            )
 
     def _end_epoch(self, position: Position, validation: dict[str, Any]) -> tuple[Position, bool, str]:
         """(what is next, whether the objective's best score improved, tag of the checkpoint if one was due). Every rank
@@ -380,6 +414,7 @@ class Trainer:
             "best": self.store.best(),
             "phase_best": self.phase_best.state_dict(),
             "learning_rates": self.rates and self.rates.state_dict(),
+            "skipped_windows": dataclasses.asdict(self.skipped),
             **facts,
         }
         began = time.monotonic()
@@ -428,6 +463,7 @@ class Trainer:
             limit_windows=self.config.limit_windows,
             max_size=self.loader.max_size,
             size_key=self.loader.size_key,
+            like_sizes=self.loader.like_sizes,
         )
 
     def _bar(self, position: Position) -> Any:
@@ -437,11 +473,3 @@ class Trainer:
         done = total - len(self.loader.ends(epoch, position.sample))
         style = str(self.config.logging.progress) if self.here.main else "off"
         return progress.bar(self.loader.windows(epoch, position.sample), total, done, label, style)
-
-    def _refuse_nan(self, values: dict[str, Any], position: Position) -> None:
-        """The values are reduced, so all ranks agree. Raises: UserError with what usually helps."""
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {values['loss']} at step {position.step}. Usual cures: a smaller learning_rate (halve "
-                "it), a larger batch or epsilon, data without NaN. The checkpoints before this step are intact."
-            )

@@ -317,6 +317,98 @@ def test_too_few_samples_for_one_bounded_window_is_a_clear_error():
         sized_ranks(Sized(5), 2, 4, 1, 9000)[0].check()
 
 
+# Samples of like size together
+
+
+def like_ranks(world, micro=4, accumulation=1, n=500, **options):
+    return sized_ranks(Sized(n), world, micro, accumulation, like_sizes=True, **options)
+
+
+def padding(windows, sizes):
+    """Share of rows that are none of a sample's, where each list of samples is one batch."""
+    return 1 - sum(sizes[w].sum() for w in windows) / sum(len(w) * sizes[w].max() for w in windows)
+
+
+LIKE = [(1, 1, 24), (1, 4, 6), (2, 2, 6), (3, 1, 8), (8, 1, 3)]
+"""Ranks, accumulation, samples per micro-batch, of the same window size."""
+
+
+@pytest.mark.parametrize("epoch", range(3))
+@pytest.mark.parametrize(("world", "accumulation", "micro"), LIKE)
+def test_windows_of_like_size_are_the_same_for_any_split(world, accumulation, micro, epoch):
+    windows = epoch_of(like_ranks(world, micro, accumulation), epoch)
+    assert windows == epoch_of(like_ranks(1, 24), epoch)
+    assert [len(window) for window in windows] == [24] * (500 // 24)
+    assert len(set(flat(windows))) == 500 - 500 % 24
+    assert all(len(b["i"]) == micro for b in flat(like_ranks(world, micro, accumulation)[0].windows(epoch)))
+
+
+def test_like_sizes_leave_a_fraction_of_the_padding():
+    sizes = Sized(500).sizes
+    plain, like = (epoch_of(sized_ranks(Sized(500), 1, 24, 1, like_sizes=wish), 1) for wish in (False, True))
+    assert padding(like, sizes) < 0.5 * padding(plain, sizes)
+    # Micro-batches of a window are of like size, too
+    micro = [numbers(window) for window in like_ranks(1, 6, 4)[0].windows(1)]
+    assert padding(flat(micro), sizes) < 0.8 * padding(like, sizes)
+
+
+@pytest.mark.parametrize(("world", "accumulation", "micro"), LIKE[2:])
+def test_ranks_compute_alike_micro_batches_at_the_same_time(world, accumulation, micro):
+    sizes = Sized(500).sizes
+    per_rank = [list(loader.windows(0)) for loader in like_ranks(world, micro, accumulation)]
+    for windows in zip(*per_rank, strict=True):
+        for together in zip(*windows, strict=True):
+            loads = [int(sizes[b["i"]].sum()) for b in together]
+            assert max(loads) - min(loads) <= max(sizes[b["i"]].max() for b in together)
+
+
+def test_epochs_of_like_sizes_differ_in_windows_in_their_order_and_in_what_is_left_out():
+    epochs = [epoch_of(like_ranks(1, 24), epoch) for epoch in range(8)]
+    assert epochs[0] == epoch_of(like_ranks(2, 12), 0)
+    assert not set(map(str, epochs[0])) & set(map(str, epochs[1]))
+    sizes = Sized(500).sizes
+    means = np.array([[sizes[window].mean() for window in windows] for windows in epochs])
+    # No place in an epoch is that of the large ones
+    assert np.ptp(means.argmax(1)) > 3 and (np.diff(means, axis=1) < 0).any(1).all()
+    left = [sorted(set(range(500)) - set(flat(windows))) for windows in epochs]
+    assert len(set(map(str, left))) == len(left)
+    assert abs(np.mean([sizes[out].mean() for out in left]) / sizes.mean() - 1) < 0.3
+
+
+def test_an_epoch_of_like_sizes_continues_in_the_middle_also_on_another_number_of_ranks():
+    whole = epoch_of(like_ranks(2, 12), 5)
+    for world, micro, accumulation in [(2, 12, 1), (4, 6, 1), (1, 8, 3)]:
+        assert epoch_of(like_ranks(world, micro, accumulation), 5, start=7 * 24) == whole[7:]
+
+
+@pytest.mark.parametrize("max_size", [700, 1500])
+def test_like_sizes_and_a_bound_on_them_go_together(max_size):
+    dataset = Sized(800, most=max_size)
+    like, plain = (sized_ranks(dataset, 2, 8, 2, max_size, like_sizes=wish) for wish in (True, False))
+    windows = epoch_of(like, 1)
+    seen = flat(windows)
+    assert loads_of(like, dataset.sizes, 1).max() <= max_size
+    assert len(set(seen)) == len(seen) == like[0].samples_per_epoch(1) > 750
+    assert padding(windows, dataset.sizes) < 0.8 * padding(epoch_of(plain, 1), dataset.sizes)
+    start = sum(len(window) for window in windows[:3])
+    assert epoch_of(like, 1, start) == windows[3:]
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 300])
+@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("max_size", [None, 600])
+def test_a_shard_in_the_order_of_size_covers_everything_once(n, world, max_size):
+    loaders = sized_ranks(Sized(n), world, 6, 1, max_size, like_sizes=True)
+    shards = [list(loader.shard()) for loader in loaders]
+    assert sorted(flat(flat(numbers(b for b, counts in shard if counts) for shard in shards))) == list(range(n))
+    assert len({len(shard) for shard in shards}) == 1
+    assert all(0 < len(b["i"]) <= 6 for shard in shards for b, _ in shard)
+    sizes = Sized(n).sizes
+    together = zip(*shards, strict=True)
+    largest = [max(int(sizes[b["i"]].max()) for b, counts in batches if counts) for batches in together]
+    assert largest == sorted(largest)
+
+
 class SizedPairs(FramePairs):
     """Pretends that pairs differ in size."""
 

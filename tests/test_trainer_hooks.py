@@ -1,6 +1,7 @@
 """What the trainer asks an engine for beside the loss: the end of a window, gauges, and parts of the gradient."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,13 @@ def test_it_survives_a_new_optimizer(run_ranks, tmp_path) -> None:
 
 
 class Ds(Network):
-    """Of a DeepSpeed engine, what a window needs."""
+    """Of a DeepSpeed engine in fp16, what a window needs."""
 
     def __init__(self, applied: bool):
         super().__init__()
         self.applied, self.taken = applied, 0
+        self.optimizer, self.basic_optimizer, self.torch_autocast_z0_gradscaler = SimpleNamespace(), None, None
+        self.fp16_enabled = self.dynamic_loss_scale = lambda: True
 
     @property
     def module(self) -> Network:

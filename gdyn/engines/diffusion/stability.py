@@ -55,7 +55,8 @@ def stable_atoms(molecule: Any) -> np.ndarray:
 
 def bond_orders(symbols: list[str], x_n3: np.ndarray) -> np.ndarray:
     """(n, n) int: 0, no bond, to 3. Elements without a length in the tables have no bonds."""
-    distances_nn = 100 * np.linalg.norm(x_n3[:, None] - x_n3[None], axis=-1)
+    with np.errstate(invalid="ignore"):  # what is infinitely far has no bonds
+        distances_nn = 100 * np.linalg.norm(x_n3[:, None] - x_n3[None], axis=-1)
     limits = np.array([[[_LIMITS[k].get((a, b), -1.0) for b in symbols] for a in symbols] for k in range(3)])
     within = np.logical_and.accumulate(distances_nn < limits, axis=0)  # a double bond is one that is short for a single
     orders_nn: np.ndarray = within.sum(0)
