@@ -14,7 +14,7 @@ preflight                                is this job healthy: links, storage, me
 engine, engines, nn, collectives         the contract of a model family; the families and what they share
 config, gdynet                           a run file, ours or GDyNet's, read into a RunConfig
 trainer, window, ds_engine               the one loop; one optimizer step; DeepSpeed's engine, made and let go
-loader, checkpoints                      whole windows in; positions saved and found
+loader, splits, checkpoints              whole windows in; samples held out by name; positions saved and found
 optimizer, learning_rate, schedules      parameter groups and Muon; learning rates over a run; other numbers over steps
 metrics, progress, loss_curves           means and logs of a run; what a person sees; a picture of each phase
 inference, evaluation, report            a finished run read back, scored, shown

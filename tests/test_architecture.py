@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gdyn import ds_config
 from gdyn.cli import COMMANDS
 from gdyn.config import parse
 
@@ -167,7 +168,7 @@ def test_run_file_of_an_example_parses(path: Path, monkeypatch: pytest.MonkeyPat
     "path",
     [
         *("README.md", "CONTRIBUTING.md", "gdyn/DESIGN.md", "benchmarks/README.md"),
-        *("job_templates/README.md", "job_templates/TROUBLESHOOTING.md"),
+        *("job_templates/README.md", "job_templates/TROUBLESHOOTING.md", "gdyn/engines/diffusion/README.md"),
     ],
 )
 def test_document_names_only_what_exists(path: str) -> None:
@@ -180,11 +181,30 @@ def test_document_names_only_what_exists(path: str) -> None:
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)) <= set(targets)
 
 
-def test_readmes_run_files_parse_and_its_commands_exist(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["README.md", "gdyn/engines/diffusion/README.md"])
+def test_run_files_of_a_readme_parse(path: str, tmp_path: Path) -> None:
+    text = (ROOT / path).read_text()
+    # The DeepSpeed JSON that run files name lies beside them.
+    recipes = dict(
+        zip(
+            sorted(set(re.findall(r"^deepspeed: (.*\.json)", text, re.MULTILINE))),
+            re.findall(r"```json\n(.*?)```", text, re.DOTALL),
+            strict=True,
+        )
+    )
+    for name, recipe in recipes.items():
+        (tmp_path / name).write_text(recipe)
+    run_files = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert run_files
+    for run_file in run_files:
+        (tmp_path / "run.yaml").write_text(run_file)
+        config = parse(["--config", str(tmp_path / "run.yaml")]).config
+        assert config.plan.epochs > 0
+        assert ds_config.complete(ds_config.read(config.deepspeed), config.optimization, total_steps=100)
+
+
+def test_readmes_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        (tmp_path / "run.yaml").write_text(block)
-        assert parse(["--config", str(tmp_path / "run.yaml")]).config.plan.epochs > 0
     assert set(re.findall(r"(?:`|^)gdyn ([a-z-]+)", text, re.MULTILINE)) == COMMANDS.keys()
 
 
