@@ -55,6 +55,9 @@ class Part(Generic[T]):
         return self.whole[self.chosen[indices]]
 
 
-def stable_key(identifier: str) -> int:
-    """0..2^63 - 1, the same in every process, for ever."""
-    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little") >> 1
+def stable_key(identifier: str, *contents: bytes) -> int:
+    """0..2^63 - 1, the same in every process, for ever. contents: to tell apart samples of one name."""
+    digest = hashlib.blake2b(identifier.encode(), digest_size=8)
+    for content in contents:
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -26,8 +26,9 @@ def parser() -> ArgumentParser:
     )
     result.add_argument("--pockets", type=Path, required=True, help=pockets)
     result.add_argument("--output", type=Path, required=True, help="folder for the molecules (SDF), table and report")
+    result.add_argument("--only", metavar="GLOB", default="*", help="the pockets to take, e.g. '1abc*'")
     result.add_argument("--number", type=PositiveInt, default=20, help="molecules for each pocket")
-    guidance = "how much the pocket counts: 0 not at all, 1 as trained; default: the run file's, 7.5 if it has none"
+    guidance = "how much the pocket counts: 0 not at all, 1 as trained, more is more; default: the run file's"
     result.add_argument("--guidance", type=float, help=guidance)
     steps = "of noise removal, up to the run's timesteps; default: 100, with the ancestral sampler all"
     result.add_argument("--steps", type=PositiveInt, help=steps)
@@ -39,6 +40,10 @@ def parser() -> ArgumentParser:
     batch = "molecules made at a time: memory and speed, not results"
     result.add_argument("--batch_size", type=PositiveInt, default=32, help=batch)
     workers = "processes that look at the finished molecules, seconds each"
+    checks = (
+        "of PoseBusters: dock, all, seconds per molecule; dock_fast, all but the internal energy; default: dock_fast"
+    )
+    result.add_argument("--checks", choices=["dock", "dock_fast"], default="dock_fast", help=checks)
     result.add_argument("--workers", type=PositiveInt, default=1, help=workers)
     result.add_argument("--checkpoint", default="best", help="best, latest, or a tag such as p3-denoiser-e0015")
     result.add_argument("--overwrite", action="store_true", help="replace files in the output folder")

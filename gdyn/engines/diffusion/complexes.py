@@ -111,9 +111,9 @@ def collate(complexes: Sequence[Complex]) -> dict[str, Tensor]:
 
     ligand_positions (B, n, 3) float32 Å, ligand_mask (B, n) bool, ligand_element, ligand_aromatic, ligand_charge
     (B, n) int64; pocket_positions (B, m, 3), pocket_mask, pocket_element, pocket_backbone, pocket_residue; keys (B,)
-    int64, `stable_key` of the identifier, which seeds the noise of the complex.
+    int64, `stable_key` of identifier and positions, which seeds the noise of the complex.
     """
-    batch = {"keys": torch.tensor([stable_key(entry.identifier) for entry in complexes])}
+    batch = {"keys": torch.tensor([_key(entry) for entry in complexes])}
     for part, columns in BATCH.items():
         entries = [getattr(entry, part) for entry in complexes]
         lengths = torch.tensor([len(entry["positions"]) for entry in entries])
@@ -121,6 +121,11 @@ def collate(complexes: Sequence[Complex]) -> dict[str, Tensor]:
             rows = CLASSES.get(name, _as_is)(np.concatenate([entry[name] for entry in entries]))
             batch[f"{part}_{name}"], batch[f"{part}_mask"] = pad(torch.from_numpy(rows), lengths)
     return batch
+
+
+def _key(entry: Complex) -> int:
+    """Names are unique within a file only."""
+    return stable_key(entry.identifier, *(getattr(entry, part)["positions"].tobytes() for part in PARTS))
 
 
 def write_pocket_pdb(entry: Complex, path: Path) -> None:

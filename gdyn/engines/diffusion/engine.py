@@ -3,6 +3,7 @@ autoencoders."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ class Diffusion(Engine):
     """Standard deviation of the posterior, Å and latent units."""
 
     kl_weight: NonNegativeFloat = 0.01
-    """Of the posterior's KL divergence, relative to the reconstruction."""
+    """Of the posterior's KL divergence, relative to the reconstruction. It acts on the coordinates: that of the
+    normalised features is constant."""
 
     schedule: Literal["polynomial_2", "cosine"] = "polynomial_2"
     """How noise grows with time."""
@@ -241,6 +243,15 @@ class Diffusion(Engine):
             yield
         finally:
             network.evaluating = False
+
+    def param_groups(self, model: nn.Module, phase: Phase) -> None:
+        """Raises: UserError where a phase that runs the autoencoders without gradients is to train them."""
+        frozen = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("denoiser.")]
+        if phase.objective == "denoiser" and frozen:
+            raise UserError(
+                f"phase {phase.label}: trains {list(phase.trains)} includes {frozen[0]}, but the objective denoiser "
+                "trains the denoiser only; leave trains out, or choose the objective joint."
+            )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -395,8 +406,9 @@ NAMES = {"denoiser": "denoiser_loss", "predict_zero": "predict_zero_loss"}
 
 def _trained(run: Run, objective: str) -> bool:
     """Whether the run has trained this part, or began from another run's."""
-    done = {phase.objective for phase in run.config.plan.phases}
-    return bool({objective, "joint"} & done) or run.config.init_from is not None
+    done, begun = {phase.objective for phase in run.config.plan.phases}, run.config.init_from or {}
+    begun_from = isinstance(begun, str) or any(fnmatch.fnmatchcase(f"{objective}.", glob) for glob in begun)
+    return bool({objective, "joint"} & done) or begun_from
 
 
 def _complexes(batch: dict[str, Tensor]) -> Tensor:

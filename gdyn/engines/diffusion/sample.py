@@ -7,6 +7,7 @@ Legend: P pockets, B molecules of a batch, n atoms of the largest one, m of the 
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import math
 import os
@@ -107,6 +108,7 @@ def sample(
     pockets: Path,
     output: Path,
     here: RankContext,
+    only: str = "*",
     number: int = NUMBER,
     guidance: float | None = None,
     steps: int | None = None,
@@ -114,6 +116,7 @@ def sample(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     atoms: str | None = None,
+    checks: str = "dock_fast",
     workers: int = 1,
     overwrite: bool = False,
 ) -> list[str]:
@@ -132,7 +135,7 @@ def sample(
     with here.together():
         if here.main:
             training = _training_data(engine)
-            found = _begin(training, pockets, output, overwrite)
+            found = _begin(training, pockets, only, output, overwrite)
     targets: list[Pocket] = here.broadcast(found)
     log.info(
         "%d molecules for each of %d pockets: %s sampler, %d steps, guidance %g, seed %d.",
@@ -147,7 +150,7 @@ def sample(
         if parts is not None:
             everything = sorted((item for part in parts for item in part), key=lambda item: (item.pocket, item.number))
             said = {"run": run.dir.path, "checkpoint": run.tag, "pockets": pockets, **asdict(settings)}
-            lines = _write(targets, everything, output, training, said, workers)
+            lines = _write(targets, everything, output, training, said, checks, workers)
     return lines
 
 
@@ -305,7 +308,7 @@ def _training_data(engine: Diffusion) -> Complexes | None:
         return None
 
 
-def _begin(training: Complexes | None, pockets: Path, output: Path, overwrite: bool) -> list[Pocket]:
+def _begin(training: Complexes | None, pockets: Path, only: str, output: Path, overwrite: bool) -> list[Pocket]:
     """All that can fail fails before the work."""
     for module in NEEDED:
         optional(module, "sample")
@@ -316,11 +319,15 @@ def _begin(training: Complexes | None, pockets: Path, output: Path, overwrite: b
     if output.resolve() == pockets.resolve():
         raise UserError(f"--output {output} has the pockets themselves; choose another.")
     found = read_pockets(pockets, **(training.attributes if training else {}))
+    chosen = [pocket for pocket in found if fnmatch.fnmatchcase(pocket.entry.identifier, only)]
+    if not chosen:
+        names = ", ".join(pocket.entry.identifier for pocket in found[:3])
+        raise UserError(f"--only {only} matches none of the {len(found)} pockets in {pockets}; the first are {names}.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made: {error.strerror}.") from None
-    return found
+    return chosen
 
 
 def _write(
@@ -329,6 +336,7 @@ def _write(
     output: Path,
     training: Complexes | None,
     settings: dict[str, Any],
+    checks: str,
     workers: int,
 ) -> list[str]:
     """The molecules of `made`, which are ordered. Each file appears whole or not at all, the report last. Returns what
@@ -344,7 +352,7 @@ def _write(
     for pocket in pockets:
         with _whole(files[pocket.entry.identifier]) as partial:
             write_pocket_pdb(pocket.entry, partial)
-    rows = molecules.table(found, files, set(training.smiles) - {""} if training else set(), workers=workers)
+    rows = molecules.table(found, files, set(training.smiles) - {""} if training else set(), checks, workers)
     scores = molecules.summary(rows, found)
     if training is None:
         rows = [row | {"novel": None} for row in rows]
