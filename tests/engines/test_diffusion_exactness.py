@@ -84,8 +84,9 @@ def slow(*values: Any) -> Any:
 
 
 QUICK = [("ligand_vae", 0, (1, 4)), ("protein_vae", 1, (2, 2)), ("denoiser", 1, (2, 2)), ("joint", 1, (2, 2))]
-REST = [(case, stage, split) for case in CASES for stage in range(4) for split in SPLITS]
-REST = [one for one in REST if one[1:] != (0, (1, 1)) and one not in QUICK]
+REST = [(case, stage, (2, 2)) for case in CASES for stage in range(4)]
+REST += [("joint", stage, split) for stage in (0, 3) for split in SPLITS]
+REST = [one for one in dict.fromkeys(REST) if one[1:] != (0, (1, 1)) and one not in QUICK]
 
 
 @pytest.mark.parametrize(("case", "stage", "split"), [*QUICK, *(slow(*one) for one in REST)])

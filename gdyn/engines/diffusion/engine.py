@@ -43,7 +43,6 @@ from gdyn.engines.diffusion.network import (
     network_of,
     pocket_of,
 )
-from gdyn.engines.diffusion.sample import sample
 from gdyn.errors import UserError
 from gdyn.evaluation import evaluate_alone
 from gdyn.nn.noise import NoiseSchedule
@@ -369,7 +368,10 @@ class Diffusion(Engine):
         """Reconstruction and denoising of the complexes in these files, with fixed noise: ligand_rmsd, protein_rmsd
         (Å), accuracies of each property, denoiser_loss and predict_zero_loss (that of a denoiser which finds no noise),
         and the losses of the autoencoders. What the run has not trained is None."""
-        data = Complexes(sources)
+        return self.scores(run, Complexes(sources))
+
+    def scores(self, run: Run, data: Dataset) -> dict[str, Any]:
+        """`evaluate` of a data set."""
         result: dict[str, Any] = {"complexes": len(data)}
         for objective in ("ligand_vae", "protein_vae", "denoiser"):
             scores = evaluate_alone(self, run.model, data, Phase(objective, 1))
@@ -380,7 +382,14 @@ class Diffusion(Engine):
         return result
 
     def sample(self, run: Run, pockets: Path, output: Path, here: RankContext, **options: Any) -> list[str]:
+        from gdyn.engines.diffusion.sample import sample  # what it imports is not needed to train
+
         return sample(run, pockets, output, here, **options)
+
+    def report(self, run: Run, **options: Any) -> dict[str, Any]:
+        from gdyn.engines.diffusion.report import report  # nor is matplotlib
+
+        return report(run, **options)
 
     def headline(self, summary: dict[str, Any]) -> list[str]:
         split = "test" if "test" in summary else "validation"
