@@ -166,13 +166,13 @@ class Diffusion(Engine):
     gradient_checkpointing: bool = False
     """Less memory for more time: activations are computed again in the backward pass."""
 
+    like_sizes: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
             paths = getattr(self, split)
             # Absolute, so that the run's own copy of the run file works from any folder.
             object.__setattr__(self, split, paths and [str(Path(path).absolute()) for path in paths])
-
-    like_sizes: ClassVar[bool] = True
 
     # -- network and data ---------------------------------------------------------------------------------------------
 
