@@ -140,6 +140,10 @@ class Diffusion(Engine):
     precision: OpenUnitInterval = 1e-4
     """Least share of signal and of noise, of polynomial_2; GeoLDM has 1e-5."""
 
+    prediction: Literal["velocity", "noise"] = "velocity"
+    """What the denoiser's outputs are, of which the noise is made; noise: itself, as in the original. The losses are of
+    the noise either way."""
+
     diffusion_loss: Literal["l2", "vlb"] = "l2"
     """l2: error of the noise per atom and dimension; vlb: the variational bound, nats per ligand."""
 
@@ -197,6 +201,7 @@ class Diffusion(Engine):
             self._ligand_sizes(),
             self.posterior_sigma,
             self.guidance_dropout,
+            self.prediction,
             self.cache_mb << 20,
         )
 

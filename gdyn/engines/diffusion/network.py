@@ -9,7 +9,7 @@ steps, d draws.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gdyn.nn.average import Average
 from gdyn.nn.egnn import centred, mean_position
 from gdyn.nn.noise import NoiseSchedule
 
+Prediction = Literal["velocity", "noise"]
 LIGAND, POCKET, LATENT, TIME, DRAWS = 0, 2, 4, 6, 7
 """Streams of random numbers: noise of the posteriors (two streams each, coordinates and features), where the times
 begin, and from here on three of each draw: its noise, and whether the pocket is dropped."""
@@ -71,6 +72,7 @@ class LatentDiffusion(nn.Module):
         ligand_sizes: Tensor,
         posterior_sigma: float,
         guidance_dropout: float,
+        prediction: Prediction,
         cache_bytes: int,
     ):
         super().__init__()
@@ -78,6 +80,7 @@ class LatentDiffusion(nn.Module):
         self.denoiser_average = Average(denoiser)
         self.schedule = schedule
         self.posterior_sigma, self.guidance_dropout = posterior_sigma, guidance_dropout
+        self.prediction = prediction
         self.frozen_latents = Cache(cache_bytes)
         """Of the phase denoiser, for which the trainer makes a network of its own."""
         self.register_load_state_dict_post_hook(lambda network, _: network.frozen_latents.clear())
@@ -166,7 +169,7 @@ class LatentDiffusion(nn.Module):
         self, t_b: Tensor, z_x: Tensor, z_h: Tensor, noise_x: Tensor, noise_h: Tensor, centre: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """alpha_t z + sigma_t noise, for coordinates about the ligand's centre (B, 1, 3), which stays where it is."""
-        alpha, sigma = (table(t_b).to(z_x.dtype).view(-1, 1, 1) for table in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = self.alpha_sigma(t_b, z_x.dtype)
         x = alpha * (z_x - centre) + sigma * noise_x + centre
         return x.masked_fill(~mask.unsqueeze(-1), 0.0), alpha * z_h + sigma * noise_h
 
@@ -183,11 +186,25 @@ class LatentDiffusion(nn.Module):
         averaged: bool,
     ) -> tuple[Tensor, Tensor]:
         """t_b int64, 0 .. T; z_x in the pocket's frame; keep_b bool, false: without the pocket. averaged: with the
-        average of the weights. Returns noise (B, n, 3), of mean zero, and (B, n, D)."""
+        average of the weights. Returns noise (B, n, 3), of mean zero, and (B, n, D).
+
+        The denoiser's outputs are velocities v = alpha eps - sigma z_0, from which eps = alpha v + sigma z_t (Salimans
+        & Ho 2022, arXiv:2202.00512): near t = T, where z_t is noise but for a hundredth, its error is not multiplied by
+        a hundred in what is sampled. prediction "noise": eps itself.
+        """
         network = self.denoiser_average if averaged else self.denoiser
         t_b1 = (t_b / self.schedule.timesteps).unsqueeze(-1).float()
-        found: tuple[Tensor, Tensor] = network(t_b1, z_x, z_h, ligand_mask, pocket_x, pocket_h, pocket_mask, keep_b)
-        return found
+        x, h = network(t_b1, z_x, z_h, ligand_mask, pocket_x, pocket_h, pocket_mask, keep_b)
+        if self.prediction == "noise":
+            return x, h
+        alpha, sigma = self.alpha_sigma(t_b, z_x.dtype)
+        h = alpha * h + sigma * z_h.masked_fill(~ligand_mask.unsqueeze(-1), 0.0)
+        return alpha * x + sigma * centred(z_x, ligand_mask), h
+
+    def alpha_sigma(self, t_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(B, 1, 1) each."""
+        alpha, sigma = (table(t_b).to(dtype).view(-1, 1, 1) for table in (self.schedule.alpha, self.schedule.sigma))
+        return alpha, sigma
 
 
 def ligand_of(batch: dict[str, Tensor]) -> Atoms:
