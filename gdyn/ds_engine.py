@@ -64,9 +64,17 @@ def make(
     engine: Engine, model: nn.Module, phase: Phase, values: Values, rates: LearningRates | None
 ) -> DeepSpeedEngine:
     """An engine that trains what requires a gradient. `values`: the completed DeepSpeed JSON. `rates`: the run's
-    schedule, if the JSON has none. Every rank must call this."""
+    schedule, if the JSON has none. Every rank must call this.
+
+    Raises: UserError for a ZeRO stage that the engine cannot be trained with.
+    """
     import deepspeed  # slow to import
 
+    if engine.calls_depend_on_data and ds_config.zero_stage(values) == 3:
+        raise UserError(
+            f"{type(engine).__name__} cannot be trained with ZeRO stage 3, because its ranks call the modules of the "
+            'network at different times; set "zero_optimization": {"stage": 2} or less in the DeepSpeed JSON.'
+        )
     everything = list(model.parameters())
     trained = [parameter for parameter in everything if parameter.requires_grad]
     log.info("%d trainable parameters of %d.", count(trained), count(everything))

@@ -113,6 +113,10 @@ class Engine(ABC):
     size_key: ClassVar[str] = "max_size"
     """The engine's field that `max_size` comes from, for messages."""
 
+    calls_depend_on_data: ClassVar[bool] = False
+    """How often modules within the network are called differs from batch to batch, and so from rank to rank. ZeRO 3,
+    which gathers their weights in every call, is then refused: its ranks would not call the same collectives."""
+
     like_sizes: ClassVar[bool] = False
     """Whether windows hold samples of like `Dataset.sizes`, so that batches have little padding. An epoch then has the
     same samples in an order that is less random."""

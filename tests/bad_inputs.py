@@ -46,7 +46,7 @@ cases(
     engine_misspelt=(
         lambda t: t.run["engine"].update(class_path="Vmap"),
         'unknown engine "Vmap"',
-        "known: Monodecoder, Vamp",
+        "known: Diffusion, Monodecoder, Vamp",
     ),
     engine_missing=(lambda t: t.run.pop("engine"), "engine"),
     run_dir_missing=(lambda t: t.run.pop("run_dir"), "run_dir"),
@@ -459,7 +459,7 @@ cases(
     protein_no_validation=(
         lambda t: (t.monodecoder.pop("validation"), t.monodecoder.update(validation_share=0.0)),
         "engine.validation names no file",
-        "validation_share of 0.0 of 12 structures",
+        "validation_share of 0.0 of 12 samples",
     ),
     protein_one_code=(lambda t: t.monodecoder.update(codes=1), "engine.codes = 1", "at least 2"),
     protein_one_width=(lambda t: t.monodecoder.update(hidden=[8]), r"engine.hidden = \[8\]", "at least 2"),

@@ -1,5 +1,5 @@
 """The same global batch of complexes gives one loss, one gradient and one average of the weights for any split into
-ranks x micro-batches, at every ZeRO stage, through the whole trainer."""
+ranks x micro-batches, at ZeRO stages 0 to 2, through the whole trainer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -84,8 +84,8 @@ def slow(*values: Any) -> Any:
 
 
 QUICK = [("ligand_vae", 0, (1, 4)), ("protein_vae", 1, (2, 2)), ("denoiser", 1, (2, 2)), ("joint", 1, (2, 2))]
-REST = [(case, stage, (2, 2)) for case in CASES for stage in range(4)]
-REST += [("joint", stage, split) for stage in (0, 3) for split in SPLITS]
+REST = [(case, stage, (2, 2)) for case in CASES for stage in range(3)]
+REST += [("joint", stage, split) for stage in (0, 2) for split in SPLITS]
 REST = [one for one in dict.fromkeys(REST) if one[1:] != (0, (1, 1)) and one not in QUICK]
 
 
@@ -117,5 +117,5 @@ def with_counts_of_one_rank(here: RankContext, config: RunConfig) -> torch.Tenso
 
 
 def test_means_over_one_rank_are_noticed(trained) -> None:
-    spoilt, reference = trained("ligand_vae", (2, 2), 1, with_counts_of_one_rank), trained("ligand_vae", (1, 1))
+    spoilt, reference = trained("protein_vae", (2, 2), 1, with_counts_of_one_rank), trained("protein_vae", (1, 1))
     assert differences(spoilt, reference)[1] > 100 * TOLERANCE

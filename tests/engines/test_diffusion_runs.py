@@ -110,6 +110,11 @@ def test_a_denoiser_phase_does_not_train_autoencoders(run_ranks, folder: Path, r
         run_ranks(ranks, runs.run, config)
 
 
+def test_zero_3_is_refused(run_ranks, folder: Path) -> None:
+    with pytest.raises(RanksFailed, match="Diffusion cannot be trained with ZeRO stage 3"):
+        run_ranks(2, runs.run, runs.small_run(folder, "three", engine=Diffusion, stage=3, split=(2, 1)))
+
+
 def losses_of(config: RunConfig) -> list[float]:
     return [line["loss"] for line in runs.metrics(config) if line["split"] == "train"]
 

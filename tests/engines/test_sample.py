@@ -206,7 +206,7 @@ def test_pairs_are_cut_as_the_training_data_were(run, pairs, tmp_path) -> None:
     train = write_complexes(small / "train.h5", 12, (5, 9), (10, 20))
     with h5py.File(train, "r+") as file:
         file.attrs["radius"] = 5.0
-    found = sample._begin(Complexes(train), pairs, tmp_path / "out", overwrite=False)
+    found = sample._begin(Complexes(train), pairs, "*", tmp_path / "out", overwrite=False)
     for pocket in found:
         expected = narrow[pocket.entry.identifier].entry.pocket["positions"]
         np.testing.assert_array_equal(pocket.entry.pocket["positions"], expected)

@@ -22,7 +22,6 @@ from jsonargparse.typing import (
 from torch import Tensor, nn
 
 from gdyn.collectives import sum_over_ranks
-from gdyn.ds_engine import whole
 from gdyn.engine import Dataset, Engine, Step
 from gdyn.engines.diffusion import losses
 from gdyn.engines.diffusion.autoencoder import (
@@ -170,6 +169,7 @@ class Diffusion(Engine):
     gradient_checkpointing: bool = False
     """Less memory for more time: activations are computed again in the backward pass."""
 
+    calls_depend_on_data: ClassVar[bool] = True  # groups of like size; latents that are kept
     like_sizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -352,8 +352,7 @@ class Diffusion(Engine):
         network = network_of(model)
         network.steps_done += 1
         if phase.objective in ("denoiser", "joint"):
-            with whole(network.denoiser.parameters()):
-                network.denoiser_average.update(network.denoiser, self.ema_decay)
+            network.denoiser_average.update(network.denoiser, self.ema_decay)
 
     def pooled(self, statistics: Tensor) -> dict[str, Any]:
         """Scores over a whole split: losses per atom (ligand_vae, protein_vae; positions Å^2, classes nats) or per
