@@ -31,7 +31,7 @@ proteins: $(PROTEINS_READY)  ## learn a structural alphabet from the proteins ex
 	$(BIN)/python launch/train.py --config $(PROTEINS)/run.yaml
 
 ligands: $(LIGANDS_READY)  ## learn to generate ligands in pockets, and make 20 molecules for one of them
-	$(BIN)/python launch/train.py --config $(LIGANDS)/run.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python launch/train.py --config $(LIGANDS)/run.yaml
 	$(BIN)/gdyn sample $(LIGANDS)/runs/first --pockets $(LIGANDS)/data/test.h5 --only 'opls_stress-fxa_set5-0' \
 		--guidance 1 --output $(LIGANDS)/runs/first/samples --overwrite
 
